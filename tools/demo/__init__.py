@@ -1,0 +1,1 @@
+"""`gmemd demo`: the whole main job on one machine."""

@@ -1,0 +1,1 @@
+"""`gmemd-replay`: plays recorded faults against a daemon and a source."""
