@@ -1,0 +1,83 @@
+"""What can go wrong, each with the exit code that a command ends with (sysexits.h).
+
+An error that is one of these has a message for people: what, where, whose fault, with values. A command prints it as one
+line. Any other exception is a bug of ours and keeps its traceback.
+"""
+
+import os
+
+
+class GmemdError(Exception):
+    """Base of all errors that we mean to raise."""
+
+    exit_code = os.EX_SOFTWARE
+
+
+class UsageError(GmemdError):
+    """The command line asks for something that makes no sense. The user mends it."""
+
+    exit_code = os.EX_USAGE
+
+
+class ConfigError(GmemdError):
+    """The configuration file is wrong. The operator mends it; nothing was started."""
+
+    exit_code = os.EX_CONFIG
+
+
+class DataError(GmemdError):
+    """A file that was given to us does not hold what it should. Trying again does not help."""
+
+    exit_code = os.EX_DATAERR
+
+
+class UnavailableError(GmemdError):
+    """This host or a service on it lacks what the job needs. `gmemd doctor` tells more."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
+class PermissionRefusedError(GmemdError):
+    """The caller may not do this."""
+
+    exit_code = os.EX_NOPERM
+
+
+class KernelError(GmemdError):
+    """The kernel refused what it should have done. `errno` is its answer."""
+
+    exit_code = os.EX_OSERR
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class ProtocolError(GmemdError):
+    """The peer broke the protocol. The connection is dropped; the migration keeps what it has."""
+
+    exit_code = os.EX_PROTOCOL
+
+
+class RefusedError(GmemdError):
+    """The peer understood us and said no. Trying the same again does not help."""
+
+    exit_code = os.EX_PROTOCOL
+
+
+class LinkError(GmemdError):
+    """A connection broke, stalled or could not be made. Trying again is the right thing."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class HandoffError(GmemdError):
+    """A VMM handed over what cannot be used. It is told why; no other migration is touched."""
+
+    exit_code = os.EX_DATAERR
+
+
+class AbandonedError(GmemdError):
+    """The migration was given up on purpose, or its VMM is gone."""
+
+    exit_code = os.EX_UNAVAILABLE
