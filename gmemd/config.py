@@ -1,0 +1,288 @@
+"""The configuration file: TOML in, frozen dataclasses out, and every mistake in it named.
+
+A key is declared once, in the dataclass of its table: name, type, default and kind. The kind reads a value
+from TOML, checks it and writes it back.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
+
+from gmemd.errors import ConfigError
+
+DEFAULT_PATH = Path("/etc/gmemd/gmemd.toml")
+UNITS = {"T": 1 << 40, "G": 1 << 30, "M": 1 << 20, "K": 1 << 10, "": 1}
+MAX_PORT = 65535
+MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes, the last of them NUL
+HEARTBEATS_BEFORE_DEAD = 2  # one that comes late must not cut a healthy lane
+
+T = TypeVar("T")
+
+
+class Address(NamedTuple):
+    """A TCP address. `str()` gives the form that `parse_address` reads."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_size(text: str) -> int:
+    """The number of bytes that a text such as `64M` stands for, in powers of 1024. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,20})([KMGT]?)", text.upper())
+    if match is None:
+        raise ValueError("must be a size: a number of bytes, or one with K, M, G or T, such as 64M")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def format_size(size: int) -> str:
+    """The shortest text that `parse_size` reads as exactly `size` bytes."""
+    unit = next(unit for unit in UNITS if size % UNITS[unit] == 0) if size else ""
+    return f"{size // UNITS[unit]}{unit}"
+
+
+def parse_address(text: str) -> Address:
+    """Reads `host:port`, an IPv6 host in brackets. Port 0 lets the kernel choose one. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([^][]+)\]|([\w.-]+)):([0-9]{1,5})", text, re.ASCII)
+    if match is None or int(match[3]) > MAX_PORT or not (match[2] or is_ipv6(match[1])):
+        raise ValueError("must be host:port, with an IPv6 host in brackets")
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def is_ipv6(host: str) -> bool:
+    try:
+        return bool(IPv6Address(host))
+    except ValueError:
+        return False
+
+
+def quote(value: object) -> str:
+    """A TOML string. For printable text, JSON has the same rules."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+DEFAULT_LISTEN = Address("127.0.0.1", 7575)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """One kind of value. `read` raises ValueError that says what the value must be."""
+
+    read: Callable[[object], T]
+    write: Callable[[T], str] = quote
+
+
+def whole(low: int, high: int) -> Kind[int]:
+    def read(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return Kind(read, str)
+
+
+def seconds(low: float, high: float) -> Kind[float]:
+    def read(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"must be a number of seconds from {low} to {high}")
+        return float(value)
+
+    return Kind(read, str)
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("must be a string, in quotes, of printable characters")
+    return value
+
+
+def choice(*names: str) -> Kind[str]:
+    def read(value: object) -> str:
+        if value not in names:
+            raise ValueError("must be one of " + ", ".join(names))
+        return text(value)
+
+    return Kind(read)
+
+
+def size(low: str, high: str) -> Kind[int]:
+    def read(value: object) -> int:
+        parsed = parse_size(str(value) if type(value) is int else text(value))
+        if not parse_size(low) <= parsed <= parse_size(high):
+            raise ValueError(f"must be a size from {low} to {high}")
+        return parsed
+
+    return Kind(read, lambda value: quote(format_size(value)))
+
+
+def socket_path(value: object) -> Path:
+    path = text(value)
+    if not path.startswith("/") or len(path.encode()) > MAX_SOCKET_PATH:
+        raise ValueError(f"must be an absolute path of at most {MAX_SOCKET_PATH} bytes")
+    return Path(path)
+
+
+def directory(value: object) -> Path | None:
+    path = text(value)
+    if path and not path.startswith("/"):
+        raise ValueError('must be an absolute path, or "" for none')
+    return Path(path) if path else None
+
+
+def mode(value: object) -> int:
+    if re.fullmatch("0?[0-7]{3}", text(value)) is None:
+        raise ValueError("must be permissions as an octal number, such as 0660")
+    return int(text(value), 8)
+
+
+SOCKET_PATH = Kind(socket_path)
+DIRECTORY = Kind(directory, lambda path: quote(path or ""))
+MODE = Kind(mode, lambda bits: quote(f"{bits:04o}"))
+FLAG = Kind(boolean, lambda value: str(value).lower())
+TEXT = Kind(text)
+ADDRESS = Kind(lambda value: parse_address(text(value)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Daemon:
+    """The daemon's sockets on this host, where no socket unit hands them in. The group "" changes nothing."""
+
+    socket: Annotated[Path, SOCKET_PATH] = Path("/run/gmemd/gmemd.sock")
+    status_socket: Annotated[Path, SOCKET_PATH] = Path("/run/gmemd/status.sock")
+    socket_mode: Annotated[int, MODE] = 0o660
+    socket_group: Annotated[str, TEXT] = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """How sources reach the daemon, and when they are taken to be gone. Times in seconds."""
+
+    listen: Annotated[Address, ADDRESS] = DEFAULT_LISTEN
+    heartbeat: Annotated[float, seconds(0.01, 10)] = 0.3
+    dead_after: Annotated[float, seconds(0.02, 60)] = 1.0
+    max_connections: Annotated[int, whole(1, 65536)] = 256
+    handshake_timeout: Annotated[float, seconds(0.1, 300)] = 10.0
+
+    def __post_init__(self) -> None:
+        if self.dead_after < HEARTBEATS_BEFORE_DEAD * self.heartbeat:
+            raise ValueError(
+                f"dead_after = {self.dead_after}: must be at least {HEARTBEATS_BEFORE_DEAD} times"
+                f" heartbeat, which is {self.heartbeat}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paging:
+    """How pages get into memory. `poll_us` in microseconds; 0 `lane_threads` is one per CPU."""
+
+    populate: Annotated[
+        Literal["auto", "write", "recv", "copy"], choice("auto", "write", "recv", "copy")
+    ] = "auto"
+    poll_us: Annotated[int, whole(0, 1000)] = 50  # waking a thread takes less than a millisecond
+    lane_threads: Annotated[int, whole(0, 256)] = 0
+    checksum: Annotated[bool, FLAG] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the daemon takes on at most. `memory` and `state` in bytes, of one guest."""
+
+    migrations: Annotated[int, whole(1, 4096)] = 64
+    regions: Annotated[int, whole(1, 1024)] = 64  # more do not fit into a hand-off message of 128 KiB
+    memory: Annotated[int, size("4K", "4096T")] = 16 << 40  # x86-64 addresses end at 52 bits
+    state: Annotated[int, size("0", "1G")] = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """Where faults are recorded, if anywhere, and how many bytes a migration may write there."""
+
+    directory: Annotated[Path | None, DIRECTORY] = None
+    max_bytes: Annotated[int, size("64K", "1T")] = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration: an attribute for each table."""
+
+    daemon: Daemon = Daemon()
+    network: Network = Network()
+    paging: Paging = Paging()
+    limits: Limits = Limits()
+    trace: Trace = Trace()
+
+
+TABLES: dict[str, type] = get_type_hints(Config)
+KINDS: dict[str, dict[str, Kind[Any]]] = {
+    table: {key: hint.__metadata__[0] for key, hint in get_type_hints(cls, include_extras=True).items()}
+    for table, cls in TABLES.items()
+}
+HOMES = {key: table for table, kinds in KINDS.items() for key in kinds}
+
+
+def load(path: Path | None = None) -> Config:
+    """Reads a configuration file; None means the default one, which may be absent. Raises ConfigError."""
+    try:
+        return parse((path or DEFAULT_PATH).read_bytes().decode())
+    except OSError as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            return Config()
+        raise ConfigError(f"{path or DEFAULT_PATH}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path or DEFAULT_PATH}: {error}") from None
+
+
+def parse(document: str) -> Config:
+    """The configuration in a TOML document. Raises ValueError that names table, key, value and rule."""
+    tables: dict[str, Any] = {}
+    for name, values in tomllib.loads(document).items():
+        if name not in TABLES:
+            raise ValueError(f"{name}: no such table; {nearest(name, [*TABLES, *HOMES])}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{name}: must be a table, [{name}]")
+        try:
+            tables[name] = TABLES[name](**dict(read_keys(name, values)))
+        except ValueError as error:
+            raise ValueError(f"[{name}] {error}") from None
+    return Config(**tables)
+
+
+def read_keys(table: str, values: dict[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if key not in KINDS[table]:
+            raise ValueError(f"{key}: no such key; {nearest(key, list(HOMES))}")
+        try:
+            yield key, KINDS[table][key].read(value)
+        except ValueError as error:
+            shown = json.dumps(value, default=str, ensure_ascii=False)
+            raise ValueError(f"{key} = {shown}: {error}") from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Helps whoever mistyped a name, or put it into the wrong table."""
+    (close,) = get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"the nearest is {close} in [{HOMES[close]}]" if close in HOMES else f"the nearest is [{close}]"
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML, every key of it. `parse` reads it back as the same."""
+    return "\n".join(f"[{table}]\n" + "".join(dump_keys(table, getattr(config, table))) for table in TABLES)
+
+
+def dump_keys(table: str, values: object) -> Iterator[str]:
+    for key, kind in KINDS[table].items():
+        yield f"{key} = {kind.write(getattr(values, key))}\n"
