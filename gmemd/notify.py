@@ -1,0 +1,86 @@
+"""Tells the service manager how we are, and has it keep descriptors for the next start (sd_notify(3)).
+
+Every message is one datagram. Where NOTIFY_SOCKET is not set, nobody listens and nothing is sent.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import MutableMapping, Sequence
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 255  # bytes of FDNAME; systemd takes a longer one for none at all
+# The socket's queue is short and PID 1 may be busy, but our event loop must not stand still for long.
+SEND_TIMEOUT = 1.0
+
+
+class Notifier:
+    """The way to the service manager. A message that cannot be sent is logged once, no more."""
+
+    def __init__(self, address: str) -> None:
+        """`address` as in NOTIFY_SOCKET: a path, or an abstract name after an `@`; "" is nobody."""
+        self.address = "\0" + address[1:] if address.startswith("@") else address
+
+    def ready(self) -> None:
+        self.send("READY=1")
+
+    def status(self, text: str) -> None:
+        """Shown by `systemctl status`."""
+        self.send("STATUS=" + " ".join(text.splitlines()))
+
+    def reloading(self) -> None:
+        """To be followed by `ready`."""
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self.send("STOPPING=1")
+
+    def alive(self) -> None:
+        """To be sent at least every `watchdog_interval`."""
+        self.send("WATCHDOG=1")
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Asks for so much more time to start or stop, counted from now."""
+        self.send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+    def store(self, name: str, fds: Sequence[int]) -> bool:
+        """Has descriptors kept under a name over a crash or restart. False: they were not handed over."""
+        # Without FDPOLL=0 systemd drops, without a word, what polls as an error or a hang-up.
+        return self.send("FDSTORE=1", f"FDNAME={checked(name)}", "FDPOLL=0", fds=fds)
+
+    def remove(self, name: str) -> None:
+        """Has all descriptors of that name closed: until then, they keep a guest's memory alive."""
+        self.send("FDSTOREREMOVE=1", f"FDNAME={checked(name)}")
+
+    def send(self, *lines: str, fds: Sequence[int] = ()) -> bool:
+        if not self.address:
+            return False
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+                channel.settimeout(SEND_TIMEOUT)
+                channel.connect(self.address)
+                socket.send_fds(channel, ["\n".join(lines).encode()], fds)
+        except OSError as error:
+            what = lines[0].partition("=")[0]
+            log.warning("service manager not told %s: %s", what, error, extra={"once": (__name__, what)})
+            return False
+        return True
+
+
+def from_environment(environ: MutableMapping[str, str] = os.environ) -> Notifier:
+    """Takes the variable out of the environment, so that no child speaks in our name."""
+    return Notifier(environ.pop("NOTIFY_SOCKET", ""))
+
+
+def watchdog_interval(environ: MutableMapping[str, str] = os.environ) -> float | None:
+    """The seconds within which the service manager wants to hear `alive`; None if it does not care."""
+    usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", str(os.getpid()))
+    return int(usec) / 1e6 if usec.isdecimal() and int(usec) and pid == str(os.getpid()) else None
+
+
+def checked(name: str) -> str:
+    if not 0 < len(name) <= MAX_NAME or ":" in name or not (name.isascii() and name.isprintable()):
+        raise ValueError(f"{name!r} cannot name a descriptor: 1 to {MAX_NAME} ASCII characters, no colon")
+    return name
