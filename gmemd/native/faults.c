@@ -1,0 +1,235 @@
+#include "faults.h"
+
+#include "clock.h"
+#include "install.h"
+#include "uapi.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+/* Messages a read: enough to take all that many vCPUs send at once, 2 KiB of stack. */
+enum { MESSAGES = 64 };
+
+void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64_t first, uint32_t count)
+{
+    struct gm_lane *lane = port->urgent;
+    struct gm_frame frame = {.kind = kind, .region = (uint16_t)region, .first = first, .count = count};
+
+    /* Without a lane nothing is queued: a new one asks for everything that is waited for. */
+    if (!lane)
+        return;
+    if (port->out_start == port->out_end)
+        port->out_start = port->out_end = 0;
+    if (GM_OUT_BYTES - port->out_end < GM_HEADER_BYTES) {
+        memmove(port->out, port->out + port->out_start, port->out_end - port->out_start);
+        port->out_end -= port->out_start;
+        port->out_start = 0;
+    }
+    if (GM_OUT_BYTES - port->out_end < GM_HEADER_BYTES)
+        return;
+    gm_frame_encode(&frame, port->out + port->out_end);
+    if (lane->checksum) {
+        frame.flags = GM_FRAME_CRC;
+        gm_frame_encode(&frame, port->out + port->out_end);
+        frame.crc = gm_frame_crc(port->out + port->out_end, NULL, 0);
+        gm_frame_encode(&frame, port->out + port->out_end);
+    }
+    port->out_end += GM_HEADER_BYTES;
+}
+
+int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
+{
+    while (port->urgent && port->out_start < port->out_end) {
+        ssize_t put = send(port->urgent->socket, port->out + port->out_start, port->out_end - port->out_start,
+                           MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (put < 0 && errno == EAGAIN)
+            return 1;
+        if (put < 0 && errno != EINTR)
+            return gm_blame(ret, GM_LINK, errno, "urgent lane");
+        if (put > 0)
+            port->out_start += (size_t)put;
+    }
+    return 0;
+}
+
+static void request(struct gm_port *port, uint32_t region, uint64_t first, uint32_t count)
+{
+    gm_faults_queue(port, GM_KIND_REQUEST, region, first, count);
+    GM_COUNT(port->destination, requests, 1);
+}
+
+static void continue_wait(struct gm_port *port, struct gm_region *r, uint64_t page)
+{
+    struct gm_destination *d = port->destination;
+    struct gm_problem problem;
+    int error = gm_install_continue(d, r, page);
+
+    if (error == -EAGAIN) {
+        port->again = true;
+    } else if (error && error != -ENOENT && error != -ESRCH) {
+        gm_blame(&problem, GM_KERNEL, -error, "region %u: page %llu is in place and cannot be mapped", r->index,
+                 (unsigned long long)page);
+        gm_destination_tell(d, GM_EVENT_STUCK, &problem);
+    }
+}
+
+static void trace(struct gm_destination *d, const struct gm_wait *wait, uint64_t flags)
+{
+    struct gm_trace_record record = {
+        .time_ns = wait->since_ns,
+        .page = wait->page,
+        .thread = wait->thread,
+        .region = (uint16_t)wait->region,
+        .flags = (uint16_t)((flags & UFFD_PAGEFAULT_FLAG_WRITE ? GM_TRACE_WRITE : 0) |
+                            (flags & UFFD_PAGEFAULT_FLAG_MINOR ? GM_TRACE_MINOR : 0)),
+    };
+
+    gm_trace_write(d->trace, &record);
+}
+
+/*
+ * The wait is noted before the received bit is looked at, and a lane sets the bit before it looks at the waits: whichever comes
+ * second sees the other, so no thread is left asleep on a page that is there.
+ */
+static void take_fault(struct gm_port *port, const struct uffd_msg *message, uint64_t now)
+{
+    struct gm_destination *d = port->destination;
+    uint64_t address = message->arg.pagefault.address, flags = message->arg.pagefault.flags;
+    struct gm_region *r = gm_memory_find(d->memory, address);
+    struct gm_wait wait = {.since_ns = now, .thread = message->arg.pagefault.feat.ptid};
+    struct gm_problem problem;
+    bool first;
+
+    if (!r) {
+        gm_blame(&problem, GM_VMM, 0, "fault at %#llx, outside every region", (unsigned long long)address);
+        gm_destination_tell(d, GM_EVENT_STUCK, &problem);
+        return;
+    }
+    wait.region = r->index;
+    wait.page = (address - r->hva) >> r->page_shift;
+    GM_COUNT(d, faults, 1);
+    if (flags & UFFD_PAGEFAULT_FLAG_MINOR)
+        GM_COUNT(d, faults_minor, 1);
+    else
+        GM_COUNT(d, faults_missing, 1);
+    if (d->trace)
+        trace(d, &wait, flags);
+    first = gm_waits_add(&d->waits, &wait);
+    if (gm_bitmap_test(r->received, wait.page)) {
+        GM_COUNT(d, faults_again, 1);
+        continue_wait(port, r, wait.page);
+    } else if (first) {
+        request(port, r->index, wait.page, 1);
+    }
+}
+
+static void take_removal(struct gm_port *port, const struct uffd_msg *message)
+{
+    struct gm_memory *m = port->destination->memory;
+    uint64_t start = message->arg.remove.start, end = message->arg.remove.end;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        struct gm_region *r = &m->region[i];
+        uint64_t from = start > r->hva ? start : r->hva;
+        uint64_t to = end < r->hva + gm_bytes(r, r->pages) ? end : r->hva + gm_bytes(r, r->pages);
+
+        if (from < to)
+            gm_install_removed(port->destination, r, (from - r->hva) >> r->page_shift,
+                               (to - from) >> r->page_shift);
+    }
+}
+
+static bool take_event(struct gm_port *port, const struct uffd_msg *message)
+{
+    switch (message->event) {
+    case UFFD_EVENT_REMOVE:
+    case UFFD_EVENT_UNMAP:
+        take_removal(port, message);
+        return true;
+    case UFFD_EVENT_FORK:
+        /* The child's memory is not the guest's; and nobody else would close its descriptor. */
+        close((int)message->arg.fork.ufd);
+        return false;
+    default:
+        return false;
+    }
+}
+
+int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret)
+{
+    struct gm_destination *d = port->destination;
+    unsigned room = GM_MAX_WAITS - atomic_load(&d->waits.count);
+    struct uffd_msg messages[MESSAGES];
+    bool removed = false;
+    uint64_t now;
+    int n;
+
+    if (!room) {
+        port->full = true;
+        return 0;
+    }
+    atomic_fetch_add(&d->reading, 1);
+    n = gm_uffd_read(uffd, messages, room < MESSAGES ? room : MESSAGES);
+    for (int i = 0; i < n; i++)
+        removed |= take_event(port, &messages[i]);
+    atomic_fetch_sub(&d->reading, 1);
+    if (n < 0)
+        return gm_blame(ret, GM_VMM, -n, "userfaultfd %d", uffd);
+    now = gm_now_ns();
+    for (int i = 0; i < n; i++)
+        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+            take_fault(port, &messages[i], now);
+    if (removed)
+        gm_faults_sweep(port);
+    return n;
+}
+
+/* Calls `act` for a copy of every wait, so that `act` may end waits. */
+static void each_wait(struct gm_port *port, void (*act)(struct gm_port *, struct gm_region *, uint64_t))
+{
+    struct gm_destination *d = port->destination;
+    struct gm_wait *list = malloc(GM_MAX_WAITS * sizeof *list);
+    unsigned n = list ? gm_waits_list(&d->waits, list, GM_MAX_WAITS) : 0;
+
+    for (unsigned i = 0; i < n; i++)
+        act(port, &d->memory->region[list[i].region], list[i].page);
+    free(list);
+}
+
+static void sweep_one(struct gm_port *port, struct gm_region *r, uint64_t page)
+{
+    if (gm_bitmap_test(r->received, page))
+        continue_wait(port, r, page);
+}
+
+static void ask_one(struct gm_port *port, struct gm_region *r, uint64_t page)
+{
+    if (!gm_bitmap_test(r->received, page))
+        request(port, r->index, page, 1);
+}
+
+void gm_faults_sweep(struct gm_port *port)
+{
+    port->again = false;
+    if (gm_waits_any(&port->destination->waits))
+        each_wait(port, sweep_one);
+}
+
+void gm_faults_ask_all(struct gm_port *port)
+{
+    each_wait(port, ask_one);
+}
+
+void gm_faults_ask_damaged(struct gm_port *port)
+{
+    struct gm_ask ask;
+
+    while (gm_destination_next_ask(port->destination, &ask))
+        request(port, ask.region, ask.first, ask.count);
+}

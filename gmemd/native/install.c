@@ -1,0 +1,277 @@
+/*
+ * Theory of operation
+ *
+ * A page is missing, in flight (claimed) or received. Whoever turns its claimed bit on is the only one to write its content, once;
+ * every other copy that arrives is dropped. The received bit follows the content, and the continue follows the received bit:
+ * whoever dies in between leaves a page that is asked for again, or one that is continued again, and neither harms.
+ *
+ * Removal (balloon, MADV_REMOVE) cuts across this. The VMM's thread sleeps in madvise() until the pager has read the event, and then
+ * punches the page out, at any time from then on. A lane thread that is populating that page may write it after the punch, and
+ * would bring its old content back. Therefore:
+ *
+ *   the pager counts itself in `reading`, reads, notes each removed page that is in flight in the slot of the lane that has it, and
+ *   counts itself out;
+ *   a lane announces its frame in its slot before it claims, and between populating and marking waits until nobody is reading. A
+ *   removal whose punch may have come before the populate was read before it, so its note is there by then, and the lane takes the
+ *   page out again before anybody can see it;
+ *   a removal that is read later is punched later, and needs nobody's help.
+ *
+ * A received page that is absent from the page cache is therefore a hole, whether the source said so or the VMM took it out, and a
+ * fault on it is answered with zeros.
+ */
+#include "install.h"
+
+#include "guard.h"
+#include "memfile.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+/* A slot's span: count 7 bits, region 16 bits, first page 40 bits (4 PiB of base pages). */
+enum { COUNT_BITS = 7, REGION_BITS = 16 };
+
+/* A hole is made present and mapped in two steps, and the VMM may take the page out in between; then again, but not for ever. */
+enum { HOLE_ATTEMPTS = 8 };
+
+static uint64_t span_of(const struct gm_region *r, uint64_t first, unsigned count)
+{
+    return first << (COUNT_BITS + REGION_BITS) | (uint64_t)r->index << COUNT_BITS | count;
+}
+
+static void wait_for_events(const struct gm_destination *d)
+{
+    while (atomic_load(&d->reading))
+        sched_yield();
+}
+
+static uint64_t frame_mask(unsigned count)
+{
+    return count == 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1;
+}
+
+void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
+                      uint64_t first, unsigned count)
+{
+    *in = (struct gm_install){
+        .destination = d,
+        .region = r,
+        .slot = &d->memory->state->inflight[lane],
+        .first = first,
+        .count = count,
+    };
+    wait_for_events(d);
+    atomic_store(&in->slot->removed, 0);
+    atomic_store(&in->slot->span, span_of(r, first, count));
+    in->claimed = gm_bitmap_claim(r->claimed, first, count);
+    GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(frame_mask(count) & ~in->claimed));
+}
+
+static int store(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data,
+                 struct gm_problem *ret)
+{
+    size_t length = gm_bytes(r, count);
+
+    if (r->populate == GM_POPULATE_WRITE) {
+        int error = gm_memfile_write(r->fd, data, length, gm_file_offset(r, page));
+
+        /* EEXIST: the page has left the direct map, which says nothing of its content. The claim is ours, so it is not
+         * received, and a mapping still reaches it. */
+        if (error != -EEXIST)
+            return error;
+        if (gm_region_map_alias(r, ret) < 0)
+            return -ret->error;
+    }
+    return gm_guarded_store(r->alias + gm_bytes(r, page), data, length);
+}
+
+/* A page is a hole from the beginning, unless an attempt to populate it failed half-way. */
+static int make_hole(struct gm_region *r, uint64_t page, unsigned count)
+{
+    return atomic_load(&r->soiled) ? gm_memfile_punch(r->fd, gm_file_offset(r, page), gm_bytes(r, count)) : 0;
+}
+
+int gm_install_populate(struct gm_install *in, const unsigned char *data, struct gm_problem *ret)
+{
+    struct gm_region *r = in->region;
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run) {
+        uint64_t page = in->first + at;
+        int error = data ? store(r, page, run, data + gm_bytes(r, at), ret) : make_hole(r, page, run);
+
+        if (error)
+            return gm_blame(ret, error == -EFAULT || error == -EINVAL ? GM_VMM : GM_KERNEL, -error,
+                            "region %u: pages %llu to %llu cannot be put in place", r->index,
+                            (unsigned long long)page, (unsigned long long)(page + run - 1));
+    }
+    return 0;
+}
+
+/* Tells the event loop when nothing is missing any more. */
+static void count_received(struct gm_destination *d, uint64_t pages)
+{
+    struct gm_memory *m = d->memory;
+
+    if (pages && atomic_fetch_add(&m->received, pages) + pages == m->pages)
+        gm_destination_tell(d, GM_EVENT_COMPLETE, NULL);
+}
+
+/* Takes out again what the VMM removed while it was in flight: those pages are received, as holes. */
+static uint64_t drop_removed(struct gm_install *in)
+{
+    struct gm_region *r = in->region;
+    uint64_t removed;
+    unsigned run;
+
+    wait_for_events(in->destination);
+    removed = atomic_load(&in->slot->removed) & in->claimed;
+    for (unsigned at = 0; (run = gm_mask_run(removed, &at)); at += run)
+        gm_memfile_punch(r->fd, gm_file_offset(r, in->first + at), gm_bytes(r, run));
+    return removed;
+}
+
+static void mark(struct gm_install *in, uint64_t mask)
+{
+    uint64_t pages = 0;
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(mask, &at)); at += run)
+        pages += gm_bitmap_set(in->region->received, in->first + at, run);
+    atomic_store(&in->slot->span, 0);
+    count_received(in->destination, pages);
+}
+
+static void vmm_gone(struct gm_destination *d, int error)
+{
+    if (error == -ESRCH)
+        gm_destination_tell(d, GM_EVENT_VMM_GONE, NULL);
+}
+
+/* Maps a run of received pages, and returns whether all of it is mapped. What is not, is left to the next fault on it. */
+static bool map_run(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count)
+{
+    uint64_t end = first + count;
+    bool all = true;
+
+    while (first < end) {
+        uint64_t done;
+        int error = gm_uffd_continue(r->uffd, r->hva + gm_bytes(r, first), gm_bytes(r, end - first),
+                                     gm_bytes(r, 1), &done);
+
+        done >>= r->page_shift;
+        if (done && gm_waits_any(&d->waits))
+            gm_waits_end(&d->waits, r->index, first, done, &d->latency);
+        vmm_gone(d, error);
+        all = all && !error;
+        first += done + (error ? 1 : 0);
+    }
+    return all;
+}
+
+void gm_install_finish(struct gm_install *in)
+{
+    struct gm_destination *d = in->destination;
+    bool all = true;
+    unsigned run;
+
+    drop_removed(in);
+    mark(in, in->claimed);
+    for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run)
+        all = map_run(d, in->region, in->first + at, run) && all;
+    if (!all && gm_waits_any(&d->waits))
+        gm_destination_kick(d);
+}
+
+void gm_install_give_up(struct gm_install *in)
+{
+    uint64_t removed = drop_removed(in);
+
+    atomic_store(&in->region->soiled, true);
+    gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
+    mark(in, removed);
+}
+
+int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
+                    struct gm_problem *ret)
+{
+    uint64_t missing = gm_bitmap_claim(r->claimed, first, count), pages = 0;
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run) {
+        int error = make_hole(r, first + at, run);
+
+        if (error) {
+            gm_bitmap_give_back(r->claimed, first + at, missing >> at);
+            return gm_blame(ret, GM_KERNEL, -error, "region %u: a hole of %u pages at page %llu", r->index, run,
+                            (unsigned long long)(first + at));
+        }
+        pages += gm_bitmap_set(r->received, first + at, run);
+    }
+    GM_COUNT(d, zero_pages, pages);
+    count_received(d, pages);
+    return (int)pages;
+}
+
+/* Notes pages of [first, first + 64) that are in flight in the slots that have them. */
+static void note_removed(struct gm_destination *d, const struct gm_region *r, uint64_t first, uint64_t pages)
+{
+    for (unsigned i = 0; i < GM_MAX_LANES; i++) {
+        struct gm_inflight *slot = &d->memory->state->inflight[i];
+        uint64_t span = atomic_load(&slot->span);
+        uint64_t at = span >> (COUNT_BITS + REGION_BITS), mask = 0;
+
+        if (!span || (span >> COUNT_BITS & 0xffff) != r->index)
+            continue;
+        for (unsigned bit = 0; bit < (span & 127); bit++)
+            if (at + bit >= first && at + bit - first < 64 && pages >> (at + bit - first) & 1)
+                mask |= UINT64_C(1) << bit;
+        atomic_fetch_or(&slot->removed, mask);
+        /* The lane may have gone on to another frame; it cannot have looked at the note yet. */
+        if (atomic_load(&slot->span) != span)
+            atomic_fetch_and(&slot->removed, ~mask);
+    }
+}
+
+void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t first, uint64_t count)
+{
+    GM_COUNT(d, removed_pages, count);
+    while (count) {
+        unsigned here = count < 64 ? (unsigned)count : 64;
+        uint64_t missing = gm_bitmap_claim(r->claimed, first, here);
+        uint64_t flying = 0, pages = 0;
+        unsigned run;
+
+        for (unsigned i = 0; i < here; i++)
+            if (!(missing >> i & 1) && !gm_bitmap_test(r->received, first + i))
+                flying |= UINT64_C(1) << i;
+        if (flying)
+            note_removed(d, r, first, flying);
+        for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run)
+            pages += gm_bitmap_set(r->received, first + at, run);
+        count_received(d, pages);
+        first += here;
+        count -= here;
+    }
+}
+
+int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t page)
+{
+    int error = 0;
+
+    for (int i = 0; i < HOLE_ATTEMPTS; i++) {
+        uint64_t done;
+
+        error = gm_uffd_continue(r->uffd, r->hva + gm_bytes(r, page), gm_bytes(r, 1), gm_bytes(r, 1), &done);
+        if (error != -EFAULT)
+            break;
+        error = gm_memfile_zero(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
+        if (error)
+            break;
+    }
+    vmm_gone(d, error);
+    if (!error || error == -ENOENT || error == -ESRCH)
+        gm_waits_end(&d->waits, r->index, page, 1, &d->latency);
+    return error;
+}

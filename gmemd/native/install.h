@@ -1,0 +1,41 @@
+/* Install: claim → populate → mark received → continue. The only place where guest memory is written. */
+#ifndef GM_INSTALL_H
+#define GM_INSTALL_H
+
+#include "destination.h"
+
+/* What a lane may install now of a frame: bit i stands for first + i. */
+struct gm_install {
+    struct gm_destination *destination;
+    struct gm_region *region;
+    struct gm_inflight *slot;
+    uint64_t first;
+    unsigned count;
+    uint64_t claimed;
+};
+
+/* Announces the frame in the lane's slot and claims its missing pages. */
+void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
+                      uint64_t first, unsigned count);
+
+/* Puts the content of the claimed pages into the memory file: `data` holds the whole frame, NULL stands for zeros. */
+int gm_install_populate(struct gm_install *in, const unsigned char *data, struct gm_problem *ret);
+
+/* Marks the claimed pages received, maps them, wakes who waits. */
+void gm_install_finish(struct gm_install *in);
+
+/* Gives the claims back: the content did not come, or could not be put in place. */
+void gm_install_give_up(struct gm_install *in);
+
+/* Receives what is missing of at most 64 pages as a hole. Returns how many pages that were. */
+int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
+                    struct gm_problem *ret);
+
+/* The VMM took pages out: those missing are received as zeros, those in flight will be. The caller counts in `reading`. */
+void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t first, uint64_t count);
+
+/* Answers a fault on a received page: maps it, and wakes. Returns 0, or -errno when it has to be tried again (-EAGAIN), or
+ * cannot be done. */
+int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t page);
+
+#endif

@@ -1,0 +1,205 @@
+#include "lane.h"
+
+#include "clock.h"
+#include "install.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+/* One damaged frame is a flipped bit somewhere on the way; a second on the same connection is a broken way. */
+enum { DAMAGED_FRAMES = 1 };
+
+/* Room for the largest frame of this guest, and as much again to read ahead. */
+static size_t buffer_size(const struct gm_memory *m)
+{
+    uint64_t largest = 0;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        uint64_t frame = gm_bytes(&m->region[i], m->region[i].page_shift > 12 ? 1 : GM_FRAME_PAGES);
+
+        if (frame > largest)
+            largest = frame;
+    }
+    return 2 * (size_t)(GM_HEADER_BYTES + largest);
+}
+
+struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned index, int socket, int checksum,
+                            struct gm_problem *ret)
+{
+    struct gm_lane *lane = calloc(1, sizeof *lane);
+
+    if (lane) {
+        lane->destination = d;
+        lane->index = index;
+        lane->socket = socket;
+        lane->checksum = checksum;
+        lane->capacity = buffer_size(d->memory);
+        lane->buffer = malloc(lane->capacity);
+        lane->heard_ns = gm_now_ns();
+        if (index)
+            snprintf(lane->name, sizeof lane->name, "background lane %u", index);
+        else
+            snprintf(lane->name, sizeof lane->name, "urgent lane");
+    }
+    if (!lane || !lane->buffer) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", index);
+        gm_lane_free(lane);
+        return NULL;
+    }
+    return lane;
+}
+
+void gm_lane_free(struct gm_lane *lane)
+{
+    if (lane)
+        free(lane->buffer);
+    free(lane);
+}
+
+uint64_t gm_lane_heard_ns(const struct gm_lane *lane)
+{
+    return atomic_load(&lane->heard_ns);
+}
+
+/* Bytes that are still to come before the frame at `start` is whole; 0 when it is. */
+static int lacking(struct gm_lane *lane, size_t *ret, struct gm_problem *problem)
+{
+    size_t have = lane->end - lane->start;
+
+    if (!lane->has_frame) {
+        if (have < GM_HEADER_BYTES) {
+            *ret = GM_HEADER_BYTES - have;
+            return 0;
+        }
+        if (gm_frame_decode_untrusted(lane->buffer + lane->start, lane->destination->memory, 1, lane->name,
+                                      &lane->frame, problem) < 0)
+            return -1;
+        lane->has_frame = 1;
+    }
+    *ret = GM_HEADER_BYTES + lane->frame.length > have ? GM_HEADER_BYTES + lane->frame.length - have : 0;
+    return 0;
+}
+
+static bool damaged(const struct gm_lane *lane, const unsigned char *header)
+{
+    if (!lane->checksum)
+        return false;
+    return !(lane->frame.flags & GM_FRAME_CRC) ||
+           gm_frame_crc(header, header + GM_HEADER_BYTES, lane->frame.length) != lane->frame.crc;
+}
+
+static int ask_again(struct gm_lane *lane, struct gm_problem *ret)
+{
+    const struct gm_frame *f = &lane->frame;
+
+    GM_COUNT(lane->destination, damaged_frames, 1);
+    if (++lane->damaged > DAMAGED_FRAMES || f->kind == GM_KIND_BEAT)
+        return gm_blame(ret, GM_LINK, 0, "%s: frame %u of region %u, page %llu is damaged, and not the first",
+                        lane->name, f->kind, f->region, (unsigned long long)f->first);
+    return gm_destination_ask(lane->destination, f->region, f->first, f->count, ret);
+}
+
+static void count_pages(const struct gm_lane *lane, uint64_t claimed)
+{
+    struct gm_destination *d = lane->destination;
+    uint64_t pages = (unsigned)__builtin_popcountll(claimed);
+
+    if (lane->frame.kind == GM_KIND_ZERO) {
+        GM_COUNT(d, zero_pages, pages);
+    } else if (lane->index) {
+        GM_COUNT(d, background_pages, pages);
+        GM_COUNT(d, background_bytes, lane->frame.length);
+    } else {
+        GM_COUNT(d, urgent_pages, pages);
+        GM_COUNT(d, urgent_bytes, lane->frame.length);
+    }
+}
+
+static void install(struct gm_lane *lane, const unsigned char *payload)
+{
+    const struct gm_frame *f = &lane->frame;
+    struct gm_destination *d = lane->destination;
+    struct gm_problem problem;
+    struct gm_install in;
+
+    gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
+    if (gm_install_populate(&in, f->kind == GM_KIND_PAGES ? payload : NULL, &problem) < 0) {
+        gm_install_give_up(&in);
+        gm_destination_tell(d, GM_EVENT_STUCK, &problem);
+        return;
+    }
+    gm_install_finish(&in);
+    count_pages(lane, in.claimed);
+}
+
+static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
+{
+    const unsigned char *header = lane->buffer + lane->start;
+    int result = 0;
+
+    if (damaged(lane, header))
+        result = ask_again(lane, ret);
+    else if (lane->frame.kind != GM_KIND_BEAT)
+        install(lane, header + GM_HEADER_BYTES);
+    lane->start += GM_HEADER_BYTES + lane->frame.length;
+    lane->has_frame = 0;
+    return result;
+}
+
+static void make_room(struct gm_lane *lane, size_t lacking)
+{
+    if (lane->start == lane->end) {
+        lane->start = lane->end = 0;
+    } else if (lane->capacity - lane->end < lacking) {
+        memmove(lane->buffer, lane->buffer + lane->start, lane->end - lane->start);
+        lane->end -= lane->start;
+        lane->start = 0;
+    }
+}
+
+/* Reads what is there. Returns 1 if something was, 0 if nothing, -1 at the end. */
+static int fill(struct gm_lane *lane, struct gm_problem *ret)
+{
+    ssize_t got = recv(lane->socket, lane->buffer + lane->end, lane->capacity - lane->end, MSG_DONTWAIT);
+
+    if (got > 0) {
+        lane->end += (size_t)got;
+        return 1;
+    }
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return 0;
+    if (got < 0)
+        return gm_blame(ret, GM_LINK, errno, "%s", lane->name);
+    if (lane->start != lane->end)
+        return gm_blame(ret, GM_LINK, 0, "%s: closed by the source in the middle of a frame", lane->name);
+    return gm_blame(ret, GM_LINK, 0, "%s: closed by the source", lane->name);
+}
+
+int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem *ret)
+{
+    uint64_t now = gm_now_ns(), until = now + (uint64_t)budget_us * 1000;
+
+    while (now < until) {
+        size_t more;
+        int got;
+
+        if (lacking(lane, &more, ret) < 0)
+            return -1;
+        if (!more) {
+            if (take_frame(lane, ret) < 0)
+                return -1;
+            now = gm_now_ns();
+            continue;
+        }
+        make_room(lane, more);
+        got = fill(lane, ret);
+        if (got <= 0)
+            return got < 0 ? -1 : GM_LANE_IDLE;
+        atomic_store(&lane->heard_ns, now);
+    }
+    return GM_LANE_BUSY;
+}

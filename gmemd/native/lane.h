@@ -1,0 +1,43 @@
+/* The receiving end of a page lane: bytes of the source in, installed pages out. */
+#ifndef GM_LANE_H
+#define GM_LANE_H
+
+#include "destination.h"
+#include "frame.h"
+#include "problem.h"
+
+#include <stdint.h>
+
+/* python */
+enum gm_lane_state {
+    GM_LANE_IDLE, /* all that had come is dealt with: wait until the socket is readable */
+    GM_LANE_BUSY, /* the budget is used up */
+};
+
+struct gm_lane;
+
+/* `socket` stays the caller's, and is non-blocking. Lane 0 is the urgent one. */
+struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned lane, int socket, int checksum,
+                            struct gm_problem *ret);
+void gm_lane_free(struct gm_lane *lane);
+/* Installs what comes until nothing more is there or `budget_us` is over: a gm_lane_state, or -1 when the lane ended. */
+int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem *ret);
+/* When something last came, CLOCK_MONOTONIC. */
+uint64_t gm_lane_heard_ns(const struct gm_lane *lane);
+/* end python */
+
+struct gm_lane {
+    struct gm_destination *destination;
+    unsigned index;
+    int socket;
+    int checksum;
+    char name[32];
+    unsigned char *buffer;
+    size_t capacity, start, end; /* [start, end) has come and is not dealt with */
+    struct gm_frame frame;       /* the header at `start`, once it has been checked */
+    int has_frame;
+    unsigned damaged;
+    _Atomic uint64_t heard_ns;
+};
+
+#endif

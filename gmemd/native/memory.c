@@ -1,0 +1,229 @@
+#include "memory.h"
+
+#include "cleanup.h"
+#include "memfile.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { STATE_VERSION = 1 };
+
+static size_t bitmap_bytes(uint64_t pages)
+{
+    return gm_bitmap_words(pages) * sizeof(gm_word);
+}
+
+static size_t state_size(const struct gm_region_spec *specs, unsigned count)
+{
+    size_t size = sizeof(struct gm_state) + count * sizeof(struct gm_state_region);
+
+    for (unsigned i = 0; i < count; i++)
+        size += 2 * bitmap_bytes(specs[i].pages);
+    return size;
+}
+
+static void describe(struct gm_state *state, const char *migration, const struct gm_region_spec *specs,
+                     unsigned count)
+{
+    size_t at = sizeof *state + count * sizeof(struct gm_state_region);
+
+    for (unsigned i = 0; i < count; i++) {
+        state->region[i] = (struct gm_state_region){
+            .offset = specs[i].offset,
+            .pages = specs[i].pages,
+            .gpa = specs[i].gpa,
+            .hva = specs[i].hva,
+            .page_shift = specs[i].page_shift,
+            .file_name = specs[i].file_name,
+            .uffd_name = specs[i].uffd_name,
+            .claimed_at = at,
+            .received_at = at + bitmap_bytes(specs[i].pages),
+        };
+        at += 2 * bitmap_bytes(specs[i].pages);
+    }
+    strncpy(state->migration, migration, GM_ID_BYTES - 1);
+    state->size = at;
+    state->regions = count;
+    state->version = STATE_VERSION;
+    memcpy(state->magic, "GMSTATE", 8);
+}
+
+static void bind_region(struct gm_memory *m, unsigned index, int fd, int uffd)
+{
+    const struct gm_state_region *known = &m->state->region[index];
+
+    m->region[index] = (struct gm_region){
+        .index = index,
+        .fd = fd,
+        .uffd = uffd,
+        .page_shift = known->page_shift,
+        .offset = known->offset,
+        .pages = known->pages,
+        .gpa = known->gpa,
+        .hva = known->hva,
+        .claimed = (gm_word *)((char *)m->state + known->claimed_at),
+        .received = (gm_word *)((char *)m->state + known->received_at),
+    };
+    m->pages += known->pages;
+}
+
+struct gm_memory *gm_memory_new(const char *migration, const struct gm_region_spec *specs, unsigned count,
+                                struct gm_problem *ret)
+{
+    size_t size = state_size(specs, count);
+    struct gm_memory *m = calloc(1, sizeof *m + count * sizeof m->region[0]);
+    int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+    if (!m) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "memory of %u regions", count);
+        return NULL;
+    }
+    m->state = MAP_FAILED;
+    m->state_fd = gm_memfile_memfd("gmemd-state", size, 0, ret);
+    if (m->state_fd < 0) {
+        gm_memory_free(m);
+        return NULL;
+    }
+    m->state = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, m->state_fd, 0);
+    if (m->state == MAP_FAILED || fcntl(m->state_fd, F_ADD_SEALS, seals) < 0) {
+        gm_blame(ret, GM_KERNEL, errno, "state of %zu bytes", size);
+        gm_memory_free(m);
+        return NULL;
+    }
+    describe(m->state, migration, specs, count);
+    m->count = count;
+    for (unsigned i = 0; i < count; i++)
+        bind_region(m, i, specs[i].fd, specs[i].uffd);
+    return m;
+}
+
+void gm_memory_free(struct gm_memory *m)
+{
+    if (!m)
+        return;
+    for (unsigned i = 0; i < m->count; i++)
+        if (m->region[i].alias)
+            munmap(m->region[i].alias, gm_bytes(&m->region[i], m->region[i].pages));
+    if (m->state != MAP_FAILED)
+        munmap(m->state, m->state->size);
+    if (m->state_fd >= 0)
+        close(m->state_fd);
+    free(m);
+}
+
+int gm_memory_state_fd(const struct gm_memory *m)
+{
+    return m->state_fd;
+}
+
+uint64_t gm_memory_pages(const struct gm_memory *m)
+{
+    return m->pages;
+}
+
+uint64_t gm_memory_received(const struct gm_memory *m)
+{
+    return atomic_load(&m->received);
+}
+
+int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
+{
+    size_t size = gm_bytes(r, r->pages);
+    void *map;
+
+    if (r->alias)
+        return 0;
+    map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, (off_t)r->offset);
+    if (map == MAP_FAILED)
+        return gm_blame(ret, GM_VMM, errno, "region %u: its memory file cannot be mapped", r->index);
+    /* Guest memory has no place in a core dump. */
+    madvise(map, size, MADV_DONTDUMP);
+    r->alias = map;
+    return 0;
+}
+
+int gm_memory_set_populate(struct gm_memory *m, unsigned region, int populate, struct gm_problem *ret)
+{
+    struct gm_region *r = &m->region[region];
+
+    if (populate != GM_POPULATE_WRITE && gm_region_map_alias(r, ret) < 0)
+        return -1;
+    r->populate = (enum gm_populate)populate;
+    m->state->region[region].populate = (uint32_t)populate;
+    return 0;
+}
+
+int gm_memory_register(struct gm_memory *m, struct gm_problem *ret)
+{
+    int modes = GM_UFFD_MISSING | GM_UFFD_MINOR;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        const struct gm_region *r = &m->region[i];
+        struct gm_problem why;
+        int got = gm_uffd_register(r->uffd, r->hva, gm_bytes(r, r->pages), &why);
+
+        if (got < 0)
+            return gm_blame(ret, (enum gm_blame)why.blame, 0, "region %u: %.200s", i, why.text);
+        modes &= got;
+    }
+    return modes;
+}
+
+static int each_region(struct gm_memory *m, int (*call)(int, uint64_t, uint64_t), const char *what,
+                       struct gm_problem *ret)
+{
+    int failed = 0;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        const struct gm_region *r = &m->region[i];
+        int error = call(r->uffd, r->hva, gm_bytes(r, r->pages));
+
+        if (error)
+            failed = gm_blame(ret, GM_VMM, -error, "region %u: %s", i, what);
+    }
+    return failed;
+}
+
+int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret)
+{
+    return each_region(m, gm_uffd_unregister, "unregister", ret);
+}
+
+int gm_memory_wake(struct gm_memory *m, struct gm_problem *ret)
+{
+    return each_region(m, gm_uffd_wake, "wake", ret);
+}
+
+struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva)
+{
+    for (unsigned i = 0; i < m->count; i++)
+        if (hva - m->region[i].hva < gm_bytes(&m->region[i], m->region[i].pages))
+            return &m->region[i];
+    return NULL;
+}
+
+unsigned gm_memory_runs(const struct gm_memory *m, unsigned region, int bitmap, uint64_t *from, uint64_t *pairs,
+                        unsigned most)
+{
+    const struct gm_region *r = &m->region[region];
+    const gm_word *bits = bitmap == GM_CLAIMED ? r->claimed : r->received;
+    unsigned n = 0;
+
+    while (n < most) {
+        uint64_t first = gm_bitmap_find(bits, *from, r->pages, true);
+
+        *from = gm_bitmap_find(bits, first, r->pages, false);
+        if (first == r->pages)
+            break;
+        pairs[2 * n] = first;
+        pairs[2 * n + 1] = *from - first;
+        n++;
+    }
+    return n;
+}

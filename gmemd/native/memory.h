@@ -1,0 +1,129 @@
+/*
+ * Guest memory: a list of regions, and what is known of every page.
+ *
+ * All that a restarted daemon needs lies in one memfd, the state: which regions there are, which pages are claimed, which are
+ * received, and which frame each lane is in the middle of. docs/state.md gives its layout.
+ */
+#ifndef GM_MEMORY_H
+#define GM_MEMORY_H
+
+#include "bitmap.h"
+#include "problem.h"
+
+#include <stdint.h>
+
+/* python */
+#define GM_MAX_REGIONS 1024
+/* A frame carries at most 64 pages, so that what is to be known of each fits one word. */
+#define GM_FRAME_PAGES 64
+/* Lanes of one migration at a time: urgent, and background. */
+#define GM_MAX_LANES 16
+#define GM_ID_BYTES 64
+/* Pages of 2 MiB are the largest that a lane buffers whole. */
+#define GM_MAX_PAGE_SHIFT 21
+
+enum gm_populate {
+    GM_POPULATE_NONE,
+    GM_POPULATE_WRITE,
+    GM_POPULATE_RECV,
+    GM_POPULATE_COPY,
+};
+
+enum gm_bitmap_name {
+    GM_CLAIMED,
+    GM_RECEIVED,
+};
+
+struct gm_region_spec {
+    int fd;   /* the memory file; stays the caller's */
+    int uffd; /* the userfaultfd that covers it, or -1 at a source */
+    uint32_t file_name, uffd_name; /* which of the VMM's descriptors these are, for a successor */
+    uint64_t offset, pages, gpa, hva;
+    uint32_t page_shift;
+};
+
+struct gm_memory;
+
+struct gm_memory *gm_memory_new(const char *migration, const struct gm_region_spec *specs, unsigned count,
+                                struct gm_problem *ret);
+void gm_memory_free(struct gm_memory *m);
+int gm_memory_state_fd(const struct gm_memory *m);
+uint64_t gm_memory_pages(const struct gm_memory *m);
+uint64_t gm_memory_received(const struct gm_memory *m);
+
+/* How pages of a region get their content; maps the alias where the way needs one. */
+int gm_memory_set_populate(struct gm_memory *m, unsigned region, int populate, struct gm_problem *ret);
+
+/* Registers every region; returns the GM_UFFD_ modes that all of them have. */
+int gm_memory_register(struct gm_memory *m, struct gm_problem *ret);
+int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret);
+/* Makes every waiting thread fault again: what a message's reader does not live to answer is asked anew. */
+int gm_memory_wake(struct gm_memory *m, struct gm_problem *ret);
+
+/*
+ * The runs of set bits of one bitmap, as pairs (first page, pages), from *from on, which is moved past what was looked at. Returns the
+ * number of pairs, `most` at the most; fewer means that the end was reached.
+ */
+unsigned gm_memory_runs(const struct gm_memory *m, unsigned region, int bitmap, uint64_t *from, uint64_t *pairs,
+                        unsigned most);
+/* end python */
+
+/* The frame that a lane is installing: one word, so that it is seen whole; 0 is none. */
+struct gm_inflight {
+    _Atomic uint64_t span;
+    gm_word removed; /* pages of it that the VMM took out meanwhile */
+};
+
+struct gm_state_region {
+    uint64_t offset, pages, gpa, hva;
+    uint32_t page_shift, file_name, uffd_name, populate;
+    uint64_t claimed_at, received_at; /* where in the state its bitmaps begin */
+};
+
+struct gm_state {
+    char magic[8];
+    uint32_t version, regions;
+    uint64_t size;
+    _Atomic uint64_t epoch;
+    _Atomic uint64_t switched; /* the guest may run here */
+    char migration[GM_ID_BYTES];
+    struct gm_inflight inflight[GM_MAX_LANES];
+    struct gm_state_region region[];
+};
+
+struct gm_region {
+    unsigned index;
+    int fd, uffd;
+    enum gm_populate populate;
+    uint32_t page_shift;
+    uint64_t offset, pages, gpa, hva;
+    gm_word *claimed, *received;
+    unsigned char *alias;
+    _Atomic _Bool soiled; /* a populate failed half-way somewhere */
+};
+
+struct gm_memory {
+    struct gm_state *state;
+    int state_fd;
+    unsigned count;
+    uint64_t pages;
+    _Atomic uint64_t received;
+    struct gm_region region[];
+};
+
+static inline uint64_t gm_bytes(const struct gm_region *r, uint64_t pages)
+{
+    return pages << r->page_shift;
+}
+
+static inline uint64_t gm_file_offset(const struct gm_region *r, uint64_t page)
+{
+    return r->offset + gm_bytes(r, page);
+}
+
+/* The region that covers an address of the VMM, or NULL. */
+struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva);
+
+int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
+
+#endif

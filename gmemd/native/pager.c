@@ -1,0 +1,337 @@
+/*
+ * One epoll set holds the userfaultfds and urgent lanes of all migrations, and an eventfd to interrupt the sleep. The lock is held
+ * whenever the pager is not waiting, so the event loop changes what the pager works on only between two rounds; and it says that it
+ * wants the lock first, since a pager that polls would take it again before a sleeper wakes.
+ */
+#include "pager.h"
+
+#include "cleanup.h"
+#include "faults.h"
+#include "poll.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+enum {
+    EVENTS = 64,        /* a round takes this many descriptors; the rest come with the next */
+    LANE_BUDGET_US = 500, /* then others are looked at, too */
+    AGAIN_MS = 1,       /* when an event blocks a CONTINUE and no message of it comes */
+};
+
+enum watch { WATCH_KICK, WATCH_URGENT, WATCH_UFFD };
+
+struct gm_pager {
+    int epoll, kick;
+    _Atomic bool stop;
+    _Atomic unsigned wanted;
+    pthread_mutex_t lock;
+    struct gm_port *ports;
+    uint64_t next_id;
+    struct gm_poll idle, waiting; /* with nobody waiting for an answer, and with somebody */
+};
+
+/* What an epoll event is about: the port's id, which is never used again, so an event of a port that is gone finds none. */
+static uint64_t tag(enum watch watch, uint64_t id, unsigned region)
+{
+    return (uint64_t)watch | (uint64_t)region << 2 | id << 20;
+}
+
+struct gm_pager *gm_pager_new(uint32_t poll_us, struct gm_problem *ret)
+{
+    struct gm_pager *p = calloc(1, sizeof *p);
+    struct epoll_event kick = {.events = EPOLLIN, .data.u64 = WATCH_KICK};
+
+    if (!p) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "pager");
+        return NULL;
+    }
+    pthread_mutex_init(&p->lock, NULL);
+    p->idle.most_ns = p->waiting.most_ns = (uint64_t)poll_us * 1000;
+    p->next_id = 1;
+    p->epoll = epoll_create1(EPOLL_CLOEXEC);
+    p->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (p->epoll < 0 || p->kick < 0 || epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->kick, &kick) < 0) {
+        gm_blame(ret, GM_KERNEL, errno, "pager");
+        gm_pager_free(p);
+        return NULL;
+    }
+    return p;
+}
+
+void gm_pager_free(struct gm_pager *p)
+{
+    if (!p)
+        return;
+    if (p->epoll >= 0)
+        close(p->epoll);
+    if (p->kick >= 0)
+        close(p->kick);
+    pthread_mutex_destroy(&p->lock);
+    free(p);
+}
+
+static void kick(struct gm_pager *p)
+{
+    uint64_t one = 1;
+
+    if (write(p->kick, &one, sizeof one) < 0)
+        return;
+}
+
+/* The event loop takes the lock through here. */
+static pthread_mutex_t *interrupt(struct gm_pager *p)
+{
+    atomic_fetch_add(&p->wanted, 1);
+    kick(p);
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_sub(&p->wanted, 1);
+    return &p->lock;
+}
+
+#define INTERRUPTED(pager) __attribute__((cleanup(gm_unlock), unused)) pthread_mutex_t *held = interrupt(pager)
+
+static struct gm_port *port_of(struct gm_pager *p, const struct gm_destination *d)
+{
+    struct gm_port *port = p->ports;
+
+    while (port && port->destination != d)
+        port = port->next;
+    return port;
+}
+
+static bool first_of_its_uffd(const struct gm_memory *m, unsigned region)
+{
+    for (unsigned i = 0; i < region; i++)
+        if (m->region[i].uffd == m->region[region].uffd)
+            return false;
+    return true;
+}
+
+/* Adds, or with EPOLL_CTL_DEL takes away, every userfaultfd of the port. */
+static int watch_uffds(struct gm_pager *p, const struct gm_port *port, int operation)
+{
+    const struct gm_memory *m = port->destination->memory;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag(WATCH_UFFD, port->id, i)};
+
+        if (first_of_its_uffd(m, i) && epoll_ctl(p->epoll, operation, m->region[i].uffd, &event) < 0 &&
+            operation == EPOLL_CTL_ADD)
+            return -1;
+    }
+    return 0;
+}
+
+static int watch_urgent(struct gm_pager *p, const struct gm_port *port, int operation, bool writable)
+{
+    struct epoll_event event = {
+        .events = EPOLLIN | (writable ? (uint32_t)EPOLLOUT : 0),
+        .data.u64 = tag(WATCH_URGENT, port->id, 0),
+    };
+
+    return epoll_ctl(p->epoll, operation, port->urgent->socket, &event);
+}
+
+static void drop_urgent(struct gm_pager *p, struct gm_port *port)
+{
+    if (port->urgent)
+        watch_urgent(p, port, EPOLL_CTL_DEL, false);
+    port->urgent = NULL;
+    port->out_start = port->out_end = 0;
+}
+
+int gm_pager_add(struct gm_pager *p, struct gm_destination *d, struct gm_problem *ret)
+{
+    INTERRUPTED(p);
+    struct gm_port *port = calloc(1, sizeof *port);
+
+    if (!port)
+        return gm_blame(ret, GM_KERNEL, ENOMEM, "pager: another migration");
+    port->destination = d;
+    port->id = p->next_id++;
+    if (watch_uffds(p, port, EPOLL_CTL_ADD) < 0) {
+        int error = errno;
+
+        watch_uffds(p, port, EPOLL_CTL_DEL);
+        free(port);
+        return gm_blame(ret, GM_VMM, error, "userfaultfd cannot be watched");
+    }
+    port->next = p->ports;
+    p->ports = port;
+    d->kick_fd = p->kick;
+    return 0;
+}
+
+void gm_pager_remove(struct gm_pager *p, struct gm_destination *d)
+{
+    INTERRUPTED(p);
+    struct gm_port **link = &p->ports;
+    struct gm_port *port;
+
+    while (*link && (*link)->destination != d)
+        link = &(*link)->next;
+    port = *link;
+    if (!port)
+        return;
+    *link = port->next;
+    drop_urgent(p, port);
+    watch_uffds(p, port, EPOLL_CTL_DEL);
+    d->kick_fd = -1;
+    free(port);
+}
+
+static void urgent_ended(struct gm_pager *p, struct gm_port *port, const struct gm_problem *problem)
+{
+    drop_urgent(p, port);
+    gm_destination_tell(port->destination, GM_EVENT_URGENT_DOWN, problem);
+}
+
+static void send_requests(struct gm_pager *p, struct gm_port *port)
+{
+    struct gm_problem problem;
+    int left = gm_faults_send(port, &problem);
+
+    if (left < 0)
+        urgent_ended(p, port, &problem);
+    else if (left && port->urgent)
+        watch_urgent(p, port, EPOLL_CTL_MOD, true);
+}
+
+int gm_pager_urgent(struct gm_pager *p, struct gm_destination *d, struct gm_lane *lane, struct gm_problem *ret)
+{
+    INTERRUPTED(p);
+    struct gm_port *port = port_of(p, d);
+
+    if (!port)
+        return gm_blame(ret, GM_KERNEL, ENOENT, "pager: urgent lane for a migration that it does not know");
+    drop_urgent(p, port);
+    port->urgent = lane;
+    if (!lane)
+        return 0;
+    if (watch_urgent(p, port, EPOLL_CTL_ADD, false) < 0) {
+        port->urgent = NULL;
+        return gm_blame(ret, GM_KERNEL, errno, "urgent lane cannot be watched");
+    }
+    gm_faults_ask_all(port);
+    send_requests(p, port);
+    return 0;
+}
+
+void gm_pager_beat(struct gm_pager *p, struct gm_destination *d)
+{
+    INTERRUPTED(p);
+    struct gm_port *port = port_of(p, d);
+
+    if (port && port->urgent && port->out_start == port->out_end) {
+        gm_faults_queue(port, GM_KIND_BEAT, 0, 0, 0);
+        send_requests(p, port);
+    }
+}
+
+void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
+{
+    INTERRUPTED(p);
+    struct gm_port *port = port_of(p, d);
+
+    if (port && port->urgent && port->out_start == port->out_end) {
+        gm_faults_ask_all(port);
+        send_requests(p, port);
+    }
+}
+
+static void read_urgent(struct gm_pager *p, struct gm_port *port, uint32_t events)
+{
+    struct gm_problem problem;
+
+    if (events & EPOLLOUT)
+        watch_urgent(p, port, EPOLL_CTL_MOD, false);
+    if (gm_lane_receive(port->urgent, LANE_BUDGET_US, &problem) < 0)
+        urgent_ended(p, port, &problem);
+}
+
+static void read_faults(struct gm_pager *p, struct gm_port *port, unsigned region)
+{
+    struct gm_problem problem;
+    int uffd = port->destination->memory->region[region].uffd;
+
+    if (gm_faults_read(port, uffd, &problem) < 0) {
+        epoll_ctl(p->epoll, EPOLL_CTL_DEL, uffd, NULL);
+        gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
+    } else if (port->full) {
+        watch_uffds(p, port, EPOLL_CTL_DEL);
+    }
+}
+
+static void take(struct gm_pager *p, const struct epoll_event *event)
+{
+    uint64_t what = event->data.u64;
+    struct gm_port *port = p->ports;
+    uint64_t signals;
+
+    while (port && port->id != what >> 20)
+        port = port->next;
+    if ((what & 3) == WATCH_KICK) {
+        if (read(p->kick, &signals, sizeof signals) < 0)
+            return;
+        for (port = p->ports; port; port = port->next) {
+            gm_faults_sweep(port);
+            gm_faults_ask_damaged(port);
+        }
+    } else if (port && (what & 3) == WATCH_URGENT && port->urgent) {
+        read_urgent(p, port, event->events);
+    } else if (port && (what & 3) == WATCH_UFFD) {
+        read_faults(p, port, (unsigned)(what >> 2 & 0x3ffff));
+    }
+}
+
+/* What every port needs after a round. Returns whether any has somebody waiting. */
+static bool settle(struct gm_pager *p, bool *again)
+{
+    bool waiting = false;
+
+    *again = false;
+    for (struct gm_port *port = p->ports; port; port = port->next) {
+        if (port->again)
+            gm_faults_sweep(port);
+        if (port->full && atomic_load(&port->destination->waits.count) < GM_MAX_WAITS / 2) {
+            port->full = false;
+            watch_uffds(p, port, EPOLL_CTL_ADD);
+        }
+        send_requests(p, port);
+        *again |= port->again;
+        waiting |= gm_waits_any(&port->destination->waits);
+    }
+    return waiting;
+}
+
+int gm_pager_run(struct gm_pager *p, struct gm_problem *ret)
+{
+    struct epoll_event events[EVENTS];
+    bool waiting = false, again = false;
+
+    while (!atomic_load(&p->stop)) {
+        int n = gm_poll_wait(waiting ? &p->waiting : &p->idle, p->epoll, events, EVENTS, again ? AGAIN_MS : -1);
+
+        if (n < 0 && errno != EINTR)
+            return gm_blame(ret, GM_KERNEL, errno, "pager");
+        while (atomic_load(&p->wanted))
+            sched_yield();
+        GM_LOCKED(&p->lock);
+        for (int i = 0; i < n; i++)
+            take(p, &events[i]);
+        waiting = settle(p, &again);
+    }
+    return 0;
+}
+
+void gm_pager_stop(struct gm_pager *p)
+{
+    atomic_store(&p->stop, true);
+    kick(p);
+}

@@ -1,0 +1,67 @@
+#include "push.h"
+
+#include "clock.h"
+#include "sender.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+struct gm_push {
+    struct gm_sender sender;
+};
+
+struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, int checksum, struct gm_problem *ret)
+{
+    struct gm_push *p = malloc(sizeof *p);
+
+    if (!p) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
+        return NULL;
+    }
+    if (gm_sender_init(&p->sender, s, lane, socket, checksum, ret) < 0) {
+        free(p);
+        return NULL;
+    }
+    return p;
+}
+
+void gm_push_free(struct gm_push *p)
+{
+    if (p)
+        gm_sender_deinit(&p->sender);
+    free(p);
+}
+
+int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
+{
+    struct gm_source *source = p->sender.source;
+    uint64_t until = gm_now_ns() + (uint64_t)budget_us * 1000;
+
+    do {
+        const struct gm_region *region;
+        uint64_t first;
+        unsigned count;
+        int left = gm_sender_flush(&p->sender, ret);
+
+        if (left)
+            return left < 0 ? -1 : GM_PUSH_FULL;
+        if (!gm_source_next(source, &region, &first, &count))
+            return GM_PUSH_DONE;
+        if (gm_sender_add(&p->sender, region, first, count, ret) < 0)
+            return -1;
+        atomic_fetch_add_explicit(&source->n.background_pages, count, memory_order_relaxed);
+    } while (gm_now_ns() < until);
+    return GM_PUSH_BUSY;
+}
+
+int gm_push_beat(struct gm_push *p, struct gm_problem *ret)
+{
+    int left = gm_sender_flush(&p->sender, ret);
+
+    if (left)
+        return left < 0 ? -1 : GM_PUSH_FULL;
+    gm_sender_beat(&p->sender);
+    left = gm_sender_flush(&p->sender, ret);
+    return left < 0 ? -1 : left ? GM_PUSH_FULL : GM_PUSH_DONE;
+}

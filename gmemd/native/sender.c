@@ -1,0 +1,135 @@
+#include "sender.h"
+
+#include "guard.h"
+#include "memfile.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+static size_t largest_frame(const struct gm_memory *m)
+{
+    size_t largest = 0;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        size_t frame = gm_bytes(&m->region[i], gm_source_frame_pages(&m->region[i]));
+
+        if (frame > largest)
+            largest = frame;
+    }
+    return largest;
+}
+
+int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, int checksum,
+                   struct gm_problem *ret)
+{
+    *s = (struct gm_sender){.source = source, .socket = socket, .checksum = checksum};
+    s->capacity = largest_frame(source->memory);
+    s->data = malloc(s->capacity);
+    if (!s->data)
+        return gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
+    if (lane)
+        snprintf(s->name, sizeof s->name, "background lane %u", lane);
+    else
+        snprintf(s->name, sizeof s->name, "urgent lane");
+    return 0;
+}
+
+void gm_sender_deinit(struct gm_sender *s)
+{
+    free(s->data);
+}
+
+bool gm_sender_fits(const struct gm_sender *s, const struct gm_region *r, unsigned count)
+{
+    /* Every page may become a frame of its own, of two vectors; and a beat may follow. */
+    return s->frames + count < 2 * GM_FRAME_PAGES && s->used + gm_bytes(r, count) <= s->capacity;
+}
+
+static int read_pages(const struct gm_region *r, uint64_t first, unsigned count, void *to)
+{
+    if (r->alias)
+        return gm_guarded_load(to, r->alias + gm_bytes(r, first), gm_bytes(r, count));
+    return gm_memfile_read(r->fd, to, gm_bytes(r, count), gm_file_offset(r, first));
+}
+
+static void add_frame(struct gm_sender *s, struct gm_frame *frame, unsigned char *payload)
+{
+    unsigned char *header = s->headers[s->frames++];
+
+    frame->flags = s->checksum ? GM_FRAME_CRC : 0;
+    gm_frame_encode(frame, header);
+    if (s->checksum) {
+        frame->crc = gm_frame_crc(header, payload, frame->length);
+        gm_frame_encode(frame, header);
+    }
+    s->vector[s->vectors++] = (struct iovec){header, GM_HEADER_BYTES};
+    if (frame->length)
+        s->vector[s->vectors++] = (struct iovec){payload, frame->length};
+}
+
+int gm_sender_add(struct gm_sender *s, const struct gm_region *r, uint64_t first, unsigned count,
+                  struct gm_problem *ret)
+{
+    unsigned char *data = s->data + s->used;
+    size_t page = gm_bytes(r, 1);
+    int error = read_pages(r, first, count, data);
+
+    if (error)
+        return gm_blame(ret, GM_VMM, -error, "region %u: pages %llu to %llu cannot be read", r->index,
+                        (unsigned long long)first, (unsigned long long)(first + count - 1));
+    s->used += count * page;
+    for (unsigned at = 0, run; at < count; at += run) {
+        bool zero = gm_is_zero(data + at * page, page);
+        struct gm_frame frame = {
+            .kind = zero ? GM_KIND_ZERO : GM_KIND_PAGES,
+            .region = (uint16_t)r->index,
+            .first = first + at,
+        };
+
+        for (run = 1; at + run < count && gm_is_zero(data + (at + run) * page, page) == zero; run++)
+            ;
+        frame.count = run;
+        frame.length = zero ? 0 : (uint32_t)(run * page);
+        if (zero)
+            atomic_fetch_add_explicit(&s->source->n.zero_pages, run, memory_order_relaxed);
+        add_frame(s, &frame, data + at * page);
+    }
+    return 0;
+}
+
+void gm_sender_beat(struct gm_sender *s)
+{
+    struct gm_frame frame = {.kind = GM_KIND_BEAT};
+
+    add_frame(s, &frame, NULL);
+}
+
+int gm_sender_flush(struct gm_sender *s, struct gm_problem *ret)
+{
+    while (!gm_sender_empty(s)) {
+        struct msghdr message = {.msg_iov = s->vector + s->sent, .msg_iovlen = s->vectors - s->sent};
+        ssize_t put = sendmsg(s->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (put < 0 && errno == EAGAIN)
+            return 1;
+        if (put < 0 && errno != EINTR)
+            return gm_blame(ret, GM_LINK, errno, "%s", s->name);
+        if (put > 0)
+            atomic_fetch_add_explicit(&s->source->n.sent_bytes, (uint64_t)put, memory_order_relaxed);
+        while (put > 0) {
+            struct iovec *v = &s->vector[s->sent];
+            size_t here = (size_t)put < v->iov_len ? (size_t)put : v->iov_len;
+
+            v->iov_base = (char *)v->iov_base + here;
+            v->iov_len -= here;
+            put -= (ssize_t)here;
+            s->sent += !v->iov_len;
+        }
+    }
+    s->frames = s->vectors = s->sent = 0;
+    s->used = 0;
+    return 0;
+}

@@ -1,0 +1,209 @@
+#include "server.h"
+
+#include "clock.h"
+#include "frame.h"
+#include "poll.h"
+#include "sender.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { REQUESTS = 128 }; /* read at once: as many as a large guest's vCPUs send together */
+
+struct gm_server {
+    struct gm_sender sender;
+    struct gm_poll poll;
+    int epoll, kick;
+    _Atomic bool stop, beat;
+    bool writable_wanted;
+    size_t start, end; /* of the requests in `in` that are not answered */
+    unsigned char in[REQUESTS * GM_HEADER_BYTES];
+    _Atomic uint64_t heard_ns;
+};
+
+struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us,
+                                struct gm_problem *ret)
+{
+    struct gm_server *server = calloc(1, sizeof *server);
+    struct epoll_event in = {.events = EPOLLIN, .data.fd = socket}, kicked = {.events = EPOLLIN, .data.fd = -1};
+
+    if (!server) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "urgent lane");
+        return NULL;
+    }
+    server->poll.most_ns = (uint64_t)poll_us * 1000;
+    server->heard_ns = gm_now_ns();
+    server->epoll = epoll_create1(EPOLL_CLOEXEC);
+    server->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (server->epoll < 0 || server->kick < 0 ||
+        epoll_ctl(server->epoll, EPOLL_CTL_ADD, server->kick, &kicked) < 0 ||
+        epoll_ctl(server->epoll, EPOLL_CTL_ADD, socket, &in) < 0) {
+        gm_blame(ret, GM_KERNEL, errno, "urgent lane");
+        gm_server_free(server);
+        return NULL;
+    }
+    if (gm_sender_init(&server->sender, s, 0, socket, checksum, ret) < 0) {
+        gm_server_free(server);
+        return NULL;
+    }
+    return server;
+}
+
+void gm_server_free(struct gm_server *server)
+{
+    if (!server)
+        return;
+    if (server->epoll >= 0)
+        close(server->epoll);
+    if (server->kick >= 0)
+        close(server->kick);
+    gm_sender_deinit(&server->sender);
+    free(server);
+}
+
+static void kick(struct gm_server *server)
+{
+    uint64_t one = 1;
+
+    if (write(server->kick, &one, sizeof one) < 0)
+        return;
+}
+
+void gm_server_stop(struct gm_server *server)
+{
+    atomic_store(&server->stop, true);
+    kick(server);
+}
+
+void gm_server_beat(struct gm_server *server)
+{
+    atomic_store(&server->beat, true);
+    kick(server);
+}
+
+uint64_t gm_server_heard_ns(const struct gm_server *server)
+{
+    return atomic_load(&server->heard_ns);
+}
+
+static bool damaged(const struct gm_server *server, const struct gm_frame *frame, const unsigned char *header)
+{
+    return server->sender.checksum &&
+           (!(frame->flags & GM_FRAME_CRC) || gm_frame_crc(header, NULL, 0) != frame->crc);
+}
+
+/* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
+static int take_request(struct gm_server *server, struct gm_problem *ret)
+{
+    struct gm_source *source = server->sender.source;
+    const unsigned char *header = server->in + server->start;
+    struct gm_region *r;
+    struct gm_frame f;
+
+    if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.name, &f, ret) < 0)
+        return -1;
+    if (damaged(server, &f, header))
+        return gm_blame(ret, GM_LINK, 0, "urgent lane: a damaged request");
+    if (f.kind == GM_KIND_REQUEST) {
+        r = &source->memory->region[f.region];
+        if (f.count > gm_source_frame_pages(r))
+            return gm_blame(ret, GM_PEER, 0, "urgent lane: %u pages asked for at once (%u may be): sent by the destination",
+                            f.count, gm_source_frame_pages(r));
+        if (!gm_sender_fits(&server->sender, r, f.count))
+            return 1;
+        gm_bitmap_set(r->claimed, f.first, f.count);
+        if (gm_sender_add(&server->sender, r, f.first, f.count, ret) < 0)
+            return -1;
+        atomic_fetch_add_explicit(&source->n.urgent_pages, f.count, memory_order_relaxed);
+    }
+    server->start += GM_HEADER_BYTES;
+    return 0;
+}
+
+/* Reads requests. Returns 1 if any came, 0 if none, -1 at the end. */
+static int fill(struct gm_server *server, struct gm_problem *ret)
+{
+    ssize_t got;
+
+    memmove(server->in, server->in + server->start, server->end - server->start);
+    server->end -= server->start;
+    server->start = 0;
+    got = recv(server->sender.socket, server->in + server->end, sizeof server->in - server->end, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return 0;
+    if (got <= 0)
+        return gm_blame(ret, GM_LINK, got < 0 ? errno : 0, "urgent lane%s",
+                        got < 0 ? "" : ": closed by the destination");
+    server->end += (size_t)got;
+    atomic_store(&server->heard_ns, gm_now_ns());
+    return 1;
+}
+
+/* Answers what was read and sends it. Returns 1 if the socket is full, 0 if all has gone. */
+static int answer(struct gm_server *server, struct gm_problem *ret)
+{
+    int waits = 0;
+
+    do {
+        int left;
+
+        while (server->end - server->start >= GM_HEADER_BYTES && (waits = take_request(server, ret)) == 0)
+            ;
+        if (waits < 0)
+            return -1;
+        if (gm_sender_empty(&server->sender) && atomic_exchange(&server->beat, false))
+            gm_sender_beat(&server->sender);
+        left = gm_sender_flush(&server->sender, ret);
+        if (left)
+            return left;
+    } while (waits);
+    return 0;
+}
+
+static int want_writable(struct gm_server *server, bool wanted, struct gm_problem *ret)
+{
+    int socket = server->sender.socket;
+    struct epoll_event event = {.events = wanted ? EPOLLOUT : EPOLLIN, .data.fd = socket};
+
+    if (wanted == server->writable_wanted)
+        return 0;
+    server->writable_wanted = wanted;
+    if (epoll_ctl(server->epoll, EPOLL_CTL_MOD, socket, &event) < 0)
+        return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
+    return 0;
+}
+
+/* Sleeps until there is something to do, and takes the kick if it was one. */
+static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
+{
+    struct epoll_event events[2];
+    uint64_t signals;
+    int n = gm_poll_wait(&server->poll, server->epoll, events, 2, -1);
+
+    if (n < 0 && errno != EINTR)
+        return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
+    for (int i = 0; i < n; i++)
+        if (events[i].data.fd != server->sender.socket && read(server->kick, &signals, sizeof signals) < 0)
+            return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
+    return 0;
+}
+
+int gm_server_run(struct gm_server *server, struct gm_problem *ret)
+{
+    while (!atomic_load(&server->stop)) {
+        int full = answer(server, ret);
+        int came = full ? 0 : fill(server, ret);
+
+        if (full < 0 || came < 0 || want_writable(server, full, ret) < 0)
+            return -1;
+        if (!came && sleep_until_needed(server, ret) < 0)
+            return -1;
+    }
+    return 0;
+}

@@ -1,0 +1,115 @@
+#include "source.h"
+
+#include "cleanup.h"
+#include "memfile.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret)
+{
+    struct gm_source *s = calloc(1, sizeof *s);
+
+    if (!s) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "source");
+        return NULL;
+    }
+    s->memory = m;
+    pthread_mutex_init(&s->lock, NULL);
+    return s;
+}
+
+void gm_source_free(struct gm_source *s)
+{
+    if (s)
+        pthread_mutex_destroy(&s->lock);
+    free(s);
+}
+
+void gm_source_counters(const struct gm_source *s, struct gm_source_counters *out)
+{
+    *out = (struct gm_source_counters){
+        .urgent_pages = s->n.urgent_pages,
+        .background_pages = s->n.background_pages,
+        .zero_pages = s->n.zero_pages,
+        .sent_bytes = s->n.sent_bytes,
+    };
+}
+
+void gm_source_restart(struct gm_source *s)
+{
+    GM_LOCKED(&s->lock);
+
+    for (unsigned i = 0; i < s->memory->count; i++) {
+        struct gm_region *r = &s->memory->region[i];
+
+        for (size_t word = 0; word < gm_bitmap_words(r->pages); word++)
+            atomic_store_explicit(&r->claimed[word], 0, memory_order_relaxed);
+    }
+    s->region = 0;
+    s->page = 0;
+}
+
+void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count)
+{
+    gm_bitmap_set(s->memory->region[region].claimed, first, count);
+}
+
+unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, uint64_t *pairs, unsigned most)
+{
+    struct gm_region *r = &s->memory->region[region];
+    uint64_t end = gm_file_offset(r, r->pages);
+    unsigned n = 0;
+
+    while (n < most && *from < r->pages) {
+        uint64_t data[2];
+        uint64_t hole = *from;
+
+        /* A hole ends at the page in which data begins, and data ends with the page in which a hole begins. */
+        if (gm_memfile_data(r->fd, gm_file_offset(r, *from), end, data)) {
+            pairs[2 * n + 1] = ((data[0] - r->offset) >> r->page_shift) - hole;
+            *from = (data[1] - r->offset + gm_bytes(r, 1) - 1) >> r->page_shift;
+        } else {
+            pairs[2 * n + 1] = r->pages - hole;
+            *from = r->pages;
+        }
+        pairs[2 * n] = hole;
+        if (!pairs[2 * n + 1])
+            continue;
+        gm_bitmap_set(r->claimed, hole, pairs[2 * n + 1]);
+        atomic_fetch_add(&s->n.zero_pages, pairs[2 * n + 1]);
+        n++;
+    }
+    return n;
+}
+
+unsigned gm_source_frame_pages(const struct gm_region *r)
+{
+    return r->page_shift > 12 ? 1 : GM_FRAME_PAGES;
+}
+
+bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
+{
+    GM_LOCKED(&s->lock);
+
+    for (; s->region < s->memory->count; s->region++, s->page = 0) {
+        struct gm_region *r = &s->memory->region[s->region];
+
+        while ((s->page = gm_bitmap_find(r->claimed, s->page, r->pages, false)) < r->pages) {
+            uint64_t limit = s->page + gm_source_frame_pages(r);
+            uint64_t end = gm_bitmap_find(r->claimed, s->page, limit < r->pages ? limit : r->pages, true);
+            unsigned at = 0, run;
+
+            /* The urgent lane may take some of them meanwhile: keep the first run that is left. */
+            run = gm_mask_run(gm_bitmap_claim(r->claimed, s->page, (unsigned)(end - s->page)), &at);
+            *region = r;
+            *first = s->page + at;
+            *count = run;
+            s->page = end;
+            if (run)
+                return true;
+        }
+    }
+    return false;
+}

@@ -1,0 +1,55 @@
+/*
+ * One migration at its source: which pages are still to be sent.
+ *
+ * At the source, the claimed bitmap of a region says which pages some lane has taken to send. A page that a fault asks for is sent
+ * whether it was taken or not: the copy that is on its way may be behind much else.
+ */
+#ifndef GM_SOURCE_H
+#define GM_SOURCE_H
+
+#include "memory.h"
+#include "problem.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* python */
+struct gm_source;
+
+struct gm_source_counters {
+    uint64_t urgent_pages, background_pages, zero_pages, sent_bytes;
+};
+
+struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret);
+void gm_source_free(struct gm_source *s);
+void gm_source_counters(const struct gm_source *s, struct gm_source_counters *out);
+
+/* Begins anew: every page is still to be sent, but for those that gm_source_skip() names next. */
+void gm_source_restart(struct gm_source *s);
+void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count);
+
+/*
+ * Finds holes of a region's file and takes them out of what is to be sent: pairs (first page, pages) into `pairs`, `most` at the most,
+ * from page *from on, which is moved past what was looked at. Returns how many pairs; fewer means that the end was reached.
+ */
+unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, uint64_t *pairs, unsigned most);
+/* end python */
+
+struct gm_source {
+    struct gm_memory *memory;
+    pthread_mutex_t lock; /* of the cursor */
+    unsigned region;
+    uint64_t page;
+    struct {
+        _Atomic uint64_t urgent_pages, background_pages, zero_pages, sent_bytes;
+    } n;
+};
+
+/* Takes the next pages that a background frame may carry; false when all are taken. */
+bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count);
+
+/* Pages of a region that fit one frame. */
+unsigned gm_source_frame_pages(const struct gm_region *r);
+
+#endif

@@ -1,0 +1,99 @@
+"""The source's native side: what is still to be sent, the urgent lane, and the background lanes."""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from gmemd.native._errors import check, checked
+from gmemd.native._native import ffi, lib
+from gmemd.native.memory import RUNS_AT_ONCE, Memory
+
+
+class Source:
+    """One migration at its source."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.native: Any = ffi.gc(checked(lib.gm_source_new, memory.native), lib.gm_source_free)
+
+    def restart(self) -> None:
+        """Begins anew: every page is to be sent."""
+        lib.gm_source_restart(self.native)
+
+    def skip(self, region: int, first: int, pages: int) -> None:
+        """These need not be sent."""
+        lib.gm_source_skip(self.native, region, first, pages)
+
+    def holes(self, region: int) -> Iterator[list[tuple[int, int]]]:
+        """Runs (first page, pages) that the file has no data for, some thousands at a time; they will not be sent."""
+        pairs = ffi.new("uint64_t[]", 2 * RUNS_AT_ONCE)
+        at = ffi.new("uint64_t *")
+        found = RUNS_AT_ONCE
+        while found == RUNS_AT_ONCE:
+            found = lib.gm_source_holes(self.native, region, at, pairs, RUNS_AT_ONCE)
+            if found:
+                yield [(pairs[2 * i], pairs[2 * i + 1]) for i in range(found)]
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the beginning, by name."""
+        out = ffi.new("struct gm_source_counters *")
+        lib.gm_source_counters(self.native, out)
+        return {name: getattr(out, name) for name, _ in ffi.typeof("struct gm_source_counters").fields}
+
+    def close(self) -> None:
+        ffi.release(self.native)
+
+
+class PushState(Enum):
+    """Why a push returned: the socket is full, the budget is used up, or all is sent."""
+
+    FULL = lib.GM_PUSH_FULL
+    BUSY = lib.GM_PUSH_BUSY
+    DONE = lib.GM_PUSH_DONE
+
+
+class Push:
+    """A background lane. `lane` is 1 or more; `socket` is a non-blocking descriptor, the caller's."""
+
+    def __init__(self, source: Source, lane: int, socket: int, *, checksum: bool) -> None:
+        self.source = source
+        self.native: Any = ffi.gc(checked(lib.gm_push_new, source.native, lane, socket, checksum), lib.gm_push_free)
+
+    def run(self, budget_us: int) -> PushState:
+        """Sends what nobody has asked for yet."""
+        return PushState(check(lib.gm_push_run, self.native, budget_us))
+
+    def beat(self) -> PushState:
+        """Sends a sign of life, for a lane that has nothing else to say."""
+        return PushState(check(lib.gm_push_beat, self.native))
+
+    def close(self) -> None:
+        ffi.release(self.native)
+
+
+class Server:
+    """The urgent lane: answers requests. `socket` is a non-blocking descriptor, the caller's."""
+
+    def __init__(self, source: Source, socket: int, *, checksum: bool, poll_us: int) -> None:
+        self.source = source
+        self.native: Any = ffi.gc(
+            checked(lib.gm_server_new, source.native, socket, checksum, poll_us), lib.gm_server_free
+        )
+
+    def run(self) -> None:
+        """Answers until `stop` or until the lane ends; call it in a thread of its own."""
+        check(lib.gm_server_run, self.native)
+
+    def stop(self) -> None:
+        lib.gm_server_stop(self.native)
+
+    def beat(self) -> None:
+        lib.gm_server_beat(self.native)
+
+    @property
+    def heard_ns(self) -> int:
+        """When a request or beat last came, CLOCK_MONOTONIC."""
+        return int(lib.gm_server_heard_ns(self.native))
+
+    def close(self) -> None:
+        ffi.release(self.native)

@@ -1,0 +1,57 @@
+#include "waits.h"
+
+#include "cleanup.h"
+#include "clock.h"
+
+#include <string.h>
+
+void gm_waits_init(struct gm_waits *w)
+{
+    pthread_mutex_init(&w->lock, NULL);
+    atomic_init(&w->count, 0);
+}
+
+void gm_waits_deinit(struct gm_waits *w)
+{
+    pthread_mutex_destroy(&w->lock);
+}
+
+bool gm_waits_add(struct gm_waits *w, const struct gm_wait *wait)
+{
+    GM_LOCKED(&w->lock);
+    bool first = true;
+    uint32_t n = w->count;
+
+    for (uint32_t i = 0; i < n && first; i++)
+        first = w->entry[i].page != wait->page || w->entry[i].region != wait->region;
+    w->entry[n] = *wait;
+    w->count = n + 1;
+    return first;
+}
+
+void gm_waits_end(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count,
+                  struct gm_histogram *latency)
+{
+    GM_LOCKED(&w->lock);
+    uint64_t now = gm_now_ns();
+
+    for (uint32_t i = 0; i < w->count;) {
+        struct gm_wait *wait = &w->entry[i];
+
+        if (wait->region != region || wait->page - first >= count) {
+            i++;
+            continue;
+        }
+        gm_histogram_record(latency, now - wait->since_ns);
+        *wait = w->entry[--w->count];
+    }
+}
+
+unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most)
+{
+    GM_LOCKED(&w->lock);
+    unsigned n = w->count < most ? w->count : most;
+
+    memcpy(out, w->entry, n * sizeof *out);
+    return n;
+}

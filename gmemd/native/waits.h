@@ -1,0 +1,51 @@
+/*
+ * Who waits for which page, and since when: one entry a fault message that was read and not yet answered. From it come the
+ * latency histogram, the answer to "what is stuck", and the knowledge that a page was asked for already.
+ *
+ * There are about as many entries as the guest has vCPUs, so the table is a plain array.
+ */
+#ifndef GM_WAITS_H
+#define GM_WAITS_H
+
+#include "histogram.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* python */
+/* More messages than this stay in the kernel until some are answered. */
+#define GM_MAX_WAITS 1024
+
+struct gm_wait {
+    uint64_t page, since_ns;
+    uint32_t region, thread;
+};
+/* end python */
+
+struct gm_waits {
+    pthread_mutex_t lock;
+    _Atomic uint32_t count;
+    struct gm_wait entry[GM_MAX_WAITS];
+};
+
+void gm_waits_init(struct gm_waits *w);
+void gm_waits_deinit(struct gm_waits *w);
+
+/* Adds one; the caller has seen that there is room. Returns whether it is the first for its page. */
+bool gm_waits_add(struct gm_waits *w, const struct gm_wait *wait);
+
+/* Takes out all for the pages, and records how long they lasted. */
+void gm_waits_end(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count,
+                  struct gm_histogram *latency);
+
+/* Copies them out, `most` at the most; returns how many. */
+unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most);
+
+static inline bool gm_waits_any(const struct gm_waits *w)
+{
+    return atomic_load(&w->count) != 0;
+}
+
+#endif
