@@ -250,6 +250,17 @@ static struct gm_trial not_this(const struct toucher *toucher, int seen, const c
 
 /* Resolving */
 
+static const struct {
+    const char *name;
+    int seen; /* what the page reads as afterwards */
+} ways[] = {
+    [GM_PROBE_CONTINUE] = {"UFFDIO_CONTINUE", GM_PROBE_SEEN_CONTENT},
+    [GM_PROBE_COPY] = {"UFFDIO_COPY", GM_PROBE_SEEN_CONTENT},
+    [GM_PROBE_ZEROPAGE] = {"UFFDIO_ZEROPAGE", GM_PROBE_SEEN_ZERO},
+    [GM_PROBE_MOVE] = {"UFFDIO_MOVE", GM_PROBE_SEEN_CONTENT},
+    [GM_PROBE_POISON] = {"UFFDIO_POISON", GM_PROBE_SEEN_REFUSED},
+};
+
 static long resolve(const struct gm_arena *arena, int how)
 {
     uint64_t to = (uint64_t)(uintptr_t)arena->range;
@@ -277,10 +288,6 @@ static long resolve(const struct gm_arena *arena, int how)
 
 struct gm_trial gm_probe_resolve(int backing, int how)
 {
-    static const char *const names[] = {"UFFDIO_CONTINUE", "UFFDIO_COPY", "UFFDIO_ZEROPAGE",
-                                        "UFFDIO_MOVE", "UFFDIO_POISON"};
-    static const int wanted[] = {GM_PROBE_SEEN_CONTENT, GM_PROBE_SEEN_CONTENT, GM_PROBE_SEEN_ZERO,
-                                 GM_PROBE_SEEN_CONTENT, GM_PROBE_SEEN_REFUSED};
     gm_auto_arena arena = GM_NO_ARENA;
     gm_auto_toucher toucher = NO_TOUCHER;
     struct uffd_msg message;
@@ -296,32 +303,33 @@ struct gm_trial gm_probe_resolve(int backing, int how)
     if (error)
         return gm_trial_untried(GM_FILLING, error);
     if (resolve(&arena, how) < 0)
-        return gm_trial_no(names[how], errno);
+        return gm_trial_no(ways[how].name, errno);
     trial = toucher_start(&toucher, &arena, READ_PAGE);
     if (trial.ok != 1)
         return trial;
     seen = await(&toucher, &message);
-    return seen == wanted[how] ? gm_trial_yes(seen) : not_this(&toucher, seen, names[how]);
+    return seen == ways[how].seen ? gm_trial_yes(seen) : not_this(&toucher, seen, ways[how].name);
 }
 
 /* Trapping */
 
-/* Fills the page if need be and lets the trapped toucher go on; the answer keeps what the trap was.
- */
-static struct gm_trial release(const struct toucher *toucher, bool present, int trapped)
+/* Puts the content there and lets the trapped toucher go on; the answer keeps what the trap was. */
+static struct gm_trial release(const struct toucher *toucher, int how, bool present, int trapped)
 {
     const struct gm_arena *arena = toucher->arena;
     struct uffd_msg message;
-    int error = present ? 0 : gm_arena_fill(arena);
+    int error = arena->no_memory;
     int seen;
 
+    if (how == GM_PROBE_CONTINUE && !present)
+        error = gm_arena_fill(arena);
     if (error)
         return with_value(gm_trial_untried(GM_FILLING, error), trapped);
-    if (resolve(arena, GM_PROBE_CONTINUE) < 0)
-        return with_value(gm_trial_no("UFFDIO_CONTINUE", errno), trapped);
+    if (resolve(arena, how) < 0)
+        return with_value(gm_trial_no(ways[how].name, errno), trapped);
     seen = await(toucher, &message);
     if (seen != GM_PROBE_SEEN_CONTENT)
-        return with_value(not_this(toucher, seen, "what UFFDIO_CONTINUE let through"), trapped);
+        return with_value(not_this(toucher, seen, "the content after the trap"), trapped);
     return gm_trial_yes(trapped);
 }
 
@@ -330,6 +338,7 @@ struct gm_trial gm_probe_trap(int backing, int modes, int present)
     gm_auto_arena arena = GM_NO_ARENA;
     gm_auto_toucher toucher = NO_TOUCHER;
     struct uffd_msg message;
+    int how = modes & GM_PROBE_MINOR ? GM_PROBE_CONTINUE : GM_PROBE_COPY;
     int error, seen;
     struct gm_trial trial = set_up(&arena, backing, modes, 0);
 
@@ -345,7 +354,7 @@ struct gm_trial gm_probe_trap(int backing, int modes, int present)
     if (trial.ok != 1)
         return trial;
     seen = await(&toucher, &message);
-    return is_trap(seen) ? release(&toucher, present, seen)
+    return is_trap(seen) ? release(&toucher, how, present, seen)
                          : not_this(&toucher, seen, "the kernel's own read of the page");
 }
 
