@@ -1,0 +1,9 @@
+/* A reference VMM: runs a guest that checks its own memory, and gives it away or receives it as docs/handoff.md says. */
+#include "sides.h"
+
+int main(int argc, char **argv)
+{
+    struct options options = options_parse(argc, argv);
+
+    return options.destination ? destination_main(&options) : source_main(&options);
+}

@@ -1,0 +1,169 @@
+/*
+ * Region sizes are odd on purpose, and neighbouring regions of one kind share a file, so that offsets and sizes are
+ * seldom what a careless reader would guess. Huge regions come first: then they stay aligned to their page size both
+ * in guest physical and in host virtual addresses, while all regions together are one piece in both.
+ */
+#include "memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "base.h"
+#include "uapi.h"
+
+static const uint64_t HUGE_PAGE = 2u << 20;
+
+/* Splits `size` into `count` regions from `first` on: odd numbers of pages, the last takes what is left. */
+static void split(struct memory *memory, unsigned first, unsigned count, uint64_t size,
+                  enum backing backing)
+{
+    uint64_t page_size = backing == BACKING_HUGETLB ? HUGE_PAGE : GUEST_PAGE;
+    uint64_t pages = size / page_size, each = (pages / count - 1) | 1;
+
+    if (pages < count)
+        fail(EX_USAGE, "--regions: %llu pages of %llu bytes do not make %u regions",
+             (unsigned long long)pages, (unsigned long long)page_size, count);
+    for (unsigned i = 0; i < count; i++, pages -= each) {
+        uint64_t region_pages = i + 1 < count ? each : pages;
+
+        memory->region[first + i] = (struct region){
+            .backing = backing,
+            .size = region_pages * page_size,
+            .page_size = page_size,
+        };
+    }
+}
+
+static void plan_regions(struct memory *memory, const struct options *options)
+{
+    uint64_t huge = options->memory / 2 / HUGE_PAGE * HUGE_PAGE, gpa = 0;
+    unsigned huge_regions = options->regions / 2;
+
+    memory->regions = options->regions;
+    if (options->backing == BACKING_MIXED) {
+        split(memory, 0, huge_regions, huge, BACKING_HUGETLB);
+        split(memory, huge_regions, options->regions - huge_regions, options->memory - huge,
+              BACKING_MEMFD);
+    } else {
+        split(memory, 0, options->regions, options->memory, options->backing);
+    }
+    for (unsigned i = 0; i < memory->regions; i++) {
+        memory->region[i].gpa = gpa;
+        gpa += memory->region[i].size;
+    }
+}
+
+/* Two neighbours of one kind to a file. */
+static void plan_files(struct memory *memory)
+{
+    for (unsigned i = 0; i < memory->regions; i++) {
+        struct region *region = &memory->region[i];
+
+        if (i % 2 == 1 && region[-1].backing == region->backing) {
+            region->file = region[-1].file;
+            region->offset = region[-1].size;
+        } else {
+            region->file = memory->files++;
+        }
+    }
+}
+
+/* A size that is sealed spares the daemon the fear of SIGBUS. */
+static int create_memfd(uint64_t size, bool huge)
+{
+    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
+    int file = memfd_create("guest-memory", flags);
+
+    if (file < 0)
+        fail(EX_UNAVAILABLE, "memfd_create of %s memory: %s", huge ? "2 MiB hugetlb" : "plain",
+             strerror(errno));
+    if (ftruncate(file, (off_t)size) < 0)
+        fail(EX_OSERR, "a memory file of %llu bytes: %s", (unsigned long long)size,
+             strerror(errno));
+    if (fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
+        fail(EX_OSERR, "sealing the size of a memory file: %s", strerror(errno));
+    return file;
+}
+
+static int create_guest_memfd(uint64_t size, int vm)
+{
+    struct kvm_create_guest_memfd create = {.size = size};
+    int offered, file;
+
+    if (vm < 0)
+        fail(EX_UNAVAILABLE, "guest_memfd is made by KVM: use --guest kvm where /dev/kvm can be opened");
+    offered = ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS);
+    create.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+    if (offered > 0)
+        create.flags |= (uint64_t)offered & GUEST_MEMFD_FLAG_WRITE;
+    file = ioctl(vm, KVM_CREATE_GUEST_MEMFD, &create);
+    if (file < 0)
+        fail(EX_UNAVAILABLE,
+             "this kernel makes no guest_memfd that can be mapped (flags MMAP and INIT_SHARED; it offers "
+             "mask %d): %s: run Linux 6.18 or later with CONFIG_KVM_GUEST_MEMFD, or use --backing memfd",
+             offered > 0 ? offered : 0, strerror(errno));
+    return file;
+}
+
+static void create_files(struct memory *memory, int vm)
+{
+    uint64_t sizes[OPTIONS_REGIONS] = {0};
+
+    for (unsigned i = 0; i < memory->regions; i++)
+        sizes[memory->region[i].file] += memory->region[i].size;
+    for (unsigned i = 0; i < memory->regions; i++) {
+        const struct region *region = &memory->region[i];
+
+        if (region->offset)
+            continue;
+        memory->file[region->file] = region->backing == BACKING_GUEST_MEMFD
+            ? create_guest_memfd(sizes[region->file], vm)
+            : create_memfd(sizes[region->file], region->backing == BACKING_HUGETLB);
+    }
+}
+
+static uint8_t *reserve(uint64_t size)
+{
+    void *mapping = mmap(NULL, size + HUGE_PAGE, PROT_NONE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (mapping == MAP_FAILED)
+        fail(EX_OSERR, "reserving %llu bytes of addresses: %s", (unsigned long long)size,
+             strerror(errno));
+    return (uint8_t *)(((uintptr_t)mapping + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1));
+}
+
+static void map(const struct memory *memory, const struct region *region)
+{
+    uint8_t *address = memory->base + region->gpa;
+    void *mapping = mmap(address, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                         memory->file[region->file], (off_t)region->offset);
+
+    if (mapping == MAP_FAILED && region->backing == BACKING_HUGETLB && errno == ENOMEM)
+        fail(EX_UNAVAILABLE,
+             "%llu huge pages of 2 MiB are not to be had: raise vm.nr_hugepages (sysctl)",
+             (unsigned long long)(region->size / HUGE_PAGE));
+    if (mapping == MAP_FAILED)
+        fail(EX_OSERR, "mapping %llu bytes of guest memory: %s", (unsigned long long)region->size,
+             strerror(errno));
+    if (madvise(address, region->size, MADV_DONTDUMP) < 0)
+        fail(EX_OSERR, "keeping guest memory out of core dumps: %s", strerror(errno));
+}
+
+struct memory memory_create(const struct options *options, int vm)
+{
+    struct memory memory = {.size = options->memory};
+
+    plan_regions(&memory, options);
+    plan_files(&memory);
+    create_files(&memory, vm);
+    memory.base = reserve(memory.size);
+    for (unsigned i = 0; i < memory.regions; i++)
+        map(&memory, &memory.region[i]);
+    return memory;
+}

@@ -1,0 +1,28 @@
+/* Guest memory as the host has it: files, regions in them, and one mapping of all regions side by side. */
+#ifndef GMEMD_VMM_MEMORY_H
+#define GMEMD_VMM_MEMORY_H
+
+#include "options.h"
+
+struct region {
+    enum backing backing;
+    unsigned file; /* index into the files */
+    uint64_t offset;
+    uint64_t size;
+    uint64_t page_size;
+    uint64_t gpa;
+};
+
+struct memory {
+    uint64_t size;
+    uint8_t *base; /* guest physical address 0 */
+    unsigned regions;
+    struct region region[OPTIONS_REGIONS];
+    unsigned files;
+    int file[OPTIONS_REGIONS];
+};
+
+/* Creates the files and maps them; touches nothing of them. `vm` makes guest_memfds; -1 if there is none. */
+struct memory memory_create(const struct options *options, int vm);
+
+#endif

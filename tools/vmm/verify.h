@@ -1,0 +1,21 @@
+/* The end of a run: the guest checks its memory, the host checks it again, and the event "verified" says it all. */
+#ifndef GMEMD_VMM_VERIFY_H
+#define GMEMD_VMM_VERIFY_H
+
+#include "machine.h"
+
+/* What a destination knows more than a guest that has always been here. */
+struct arrival {
+    uint64_t steps[GUEST_VCPUS]; /* at the switch */
+    uint64_t measured_ns;        /* how long first touches were timed, from the first instruction to done */
+    double ticks_per_us;
+};
+
+/* Returns the exit code: EX_OK or EX_DATAERR. `arrival` is NULL for a guest that has always been here. */
+int verify(struct machine *machine, const struct arrival *arrival, char *const *paths,
+           unsigned path_count);
+
+/* Reports the wrong byte that a vCPU has found. */
+void verify_report_wrong(const struct machine *machine, unsigned vcpu);
+
+#endif
