@@ -1,0 +1,84 @@
+# Every target does its own set-up: `make test` and `make demo` are all that a fresh Debian machine needs.
+
+PYTHON ?= python3
+# What a target hands on, as in: make demo ARGS='--memory 2G --json'
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+TIMES := build/times
+NATIVE := $(wildcard gmemd/native/*.[ch] gmemd/native/_build.py tools/vmm/*.[ch])
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+# $(call stage,NAME,COMMAND): runs it under a heading and notes the seconds that it took.
+define stage
+@printf '\n=== %s\n' '$(1)'; begin=$$SECONDS; $(2); printf '%5d s  %s\n' $$((SECONDS - begin)) '$(1)' >>$(TIMES)
+endef
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(INSTALLED) ## the virtual environment .venv, with everything built and installed
+
+# Python files are used where they lie; only what is compiled or declared needs another installation.
+$(INSTALLED): pyproject.toml setup.py tools/setup $(filter-out %/_native.c,$(NATIVE))
+	@tools/setup $(PYTHON) .venv
+	@touch $@
+
+.PHONY: test
+test: ## everything that must hold: lint, types, tests from the lowest layer up, a short run in the lab
+	@mkdir -p build; rm -f $(TIMES)
+	$(call stage,set-up and build,$(MAKE) --no-print-directory venv)
+	$(call stage,lint and types,$(MAKE) --no-print-directory lint)
+	$(call stage,pytest,$(BIN)/pytest -rs $(ARGS))
+	$(call stage,lab,$(MAKE) --no-print-directory lab-short)
+	@printf '\n=== time\n'; cat $(TIMES)
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff and mypy; the C compiler's warnings are errors in any build
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+.PHONY: test-sanitize test-asan test-tsan
+test-sanitize: test-asan test-tsan ## the native tests under the address, undefined-behaviour and thread sanitizers
+
+# Python has no sanitizer in it, so the run-time library must be loaded before all else, and the thread sanitizer of
+# gcc 12 wants addresses where it expects them. What Python leaves unfreed at its end would hide what we leak.
+# PYTHONMALLOC lets the address sanitizer see Python's buffers, too.
+test-asan: FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+test-asan: export ASAN_OPTIONS := detect_leaks=0:abort_on_error=1
+test-asan: export PYTHONMALLOC := malloc
+test-tsan: FLAGS := -fsanitize=thread
+test-tsan: export TSAN_OPTIONS := halt_on_error=1
+test-asan test-tsan: test-%: $(INSTALLED)
+	GMEMD_CFLAGS='$(FLAGS)' GMEMD_LDFLAGS='$(FLAGS)' \
+		$(BIN)/python setup.py --quiet build --build-base build/$* --build-lib build/$*/lib
+	setarch --addr-no-randomize env LD_PRELOAD=$$(gcc -print-file-name=lib$*.so) \
+		PYTHONPATH=build/$*/lib PYTHONSAFEPATH=1 $(BIN)/pytest --layer native $(ARGS)
+
+.PHONY: demo
+demo: $(INSTALLED) ## a running KVM guest moves to another daemon, every page checked (ARGS=)
+	@$(BIN)/gmemd demo $(ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED) ## measurements beside the floor and the peers (ARGS=--quick)
+	@$(BIN)/python tools/bench $(ARGS)
+
+.PHONY: dist
+dist: $(INSTALLED) ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+.PHONY: clean
+clean: ## removes all that was made here
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
+	rm -f gmemd/native/_native.c gmemd/native/*.so tools/vmm/gmemd-vmm
+	find gmemd tools tests -name __pycache__ -exec rm -rf {} +
+
+-include tools/lab/lab.mk
