@@ -1,0 +1,15 @@
+"""How the lab fails. Each failure carries the exit status that says it."""
+
+import os
+
+
+class LabError(Exception):
+    """The caller named something that is not there, or makes no sense."""
+
+    status = os.EX_NOINPUT
+
+
+class Unavailable(LabError):
+    """This machine lacks a program that the lab needs."""
+
+    status = os.EX_UNAVAILABLE
