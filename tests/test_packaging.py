@@ -41,7 +41,7 @@ def packages(tree: Path) -> Path:
     output = tree.parent / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(tree)]
     run = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert run.returncode == 0, run.stdout
+    assert run.returncode == 0, run.stdout[-2000:]
     return output
 
 
