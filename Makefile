@@ -78,7 +78,7 @@ dist: $(INSTALLED) ## sdist and wheel in dist/
 .PHONY: clean
 clean: ## removes all that was made here
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
-	rm -f gmemd/native/_native.c gmemd/native/*.so tools/vmm/gmemd-vmm
+	rm -f gmemd/native/_native.c gmemd/native/*.so gmemd/native/*.o tools/vmm/gmemd-vmm
 	find gmemd tools tests -name __pycache__ -exec rm -rf {} +
 
 -include tools/lab/lab.mk
