@@ -195,7 +195,7 @@ struct gm_trial gm_probe_populate(int backing, int how)
     if (opened.ok != 1)
         return opened;
     if (arena.no_memory)
-        return gm_trial_untried(GM_NO_MEMORY, arena.no_memory);
+        return gm_trial_no_page(&arena, arena.no_memory);
     switch (how) {
     case GM_PROBE_BY_WRITE:
         return by_write(&arena);
@@ -220,7 +220,7 @@ struct gm_trial gm_probe_pin(int backing)
         return opened;
     error = gm_arena_fill(&arena);
     if (error)
-        return gm_trial_untried(GM_FILLING, error);
+        return gm_trial_no_page(&arena, error);
     if (pipe2(ends, O_CLOEXEC) < 0)
         return gm_trial_untried("pipe2", errno);
     gm_auto_fd in = ends[0];

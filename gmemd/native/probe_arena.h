@@ -10,15 +10,12 @@
 
 #define GM_PROBE_FILL 0xa5
 #define GM_PROBE_FILL_WORD UINT64_C(0xa5a5a5a5a5a5a5a5)
-/* Steps that more than one trial can end at. */
-#define GM_NO_MEMORY "reserving a page"
-#define GM_FILLING "filling a page"
 
 struct gm_arena {
     int vm;        /* guest_memfd only, else -1 */
     int file;      /* -1 for anonymous memory */
     int uffd;      /* -1 until opened */
-    int no_memory; /* the errno of reserving the page, where it cannot be had; else 0 */
+    int no_memory; /* the errno of reserving a huge page where none can be had, else 0 */
     size_t page;
     char *range;   /* what is registered and touched */
     char *alias;   /* the second mapping; NULL for anonymous memory */
@@ -47,6 +44,12 @@ static inline struct gm_trial gm_trial_untried(const char *step, int error)
 static inline struct gm_trial gm_trial_call(long result, const char *step)
 {
     return result < 0 ? gm_trial_no(step, errno) : gm_trial_yes(0);
+}
+
+/* The trial could not be made for want of a page; `error` is that of gm_arena_fill. */
+static inline struct gm_trial gm_trial_no_page(const struct gm_arena *arena, int error)
+{
+    return gm_trial_untried(arena->no_memory ? "reserving a huge page" : "filling a page", error);
 }
 
 /* Makes and maps the page, absent; a failure is "untried". */

@@ -298,10 +298,10 @@ struct gm_trial gm_probe_resolve(int backing, int how)
     if (trial.ok != 1)
         return trial;
     if (arena.no_memory && how != GM_PROBE_POISON)
-        return gm_trial_untried(GM_NO_MEMORY, arena.no_memory);
+        return gm_trial_no_page(&arena, arena.no_memory);
     error = how == GM_PROBE_CONTINUE ? gm_arena_fill(&arena) : 0;
     if (error)
-        return gm_trial_untried(GM_FILLING, error);
+        return gm_trial_no_page(&arena, error);
     if (resolve(&arena, how) < 0)
         return gm_trial_no(ways[how].name, errno);
     trial = toucher_start(&toucher, &arena, READ_PAGE);
@@ -324,7 +324,7 @@ static struct gm_trial release(const struct toucher *toucher, int how, bool pres
     if (how == GM_PROBE_CONTINUE && !present)
         error = gm_arena_fill(arena);
     if (error)
-        return with_value(gm_trial_untried(GM_FILLING, error), trapped);
+        return with_value(gm_trial_no_page(arena, error), trapped);
     if (resolve(arena, how) < 0)
         return with_value(gm_trial_no(ways[how].name, errno), trapped);
     seen = await(toucher, &message);
@@ -346,10 +346,10 @@ struct gm_trial gm_probe_trap(int backing, int modes, int present)
         return trial;
     /* A missing fault comes before the page is looked for; a page that is let through needs one. */
     if (arena.no_memory && !(modes & GM_PROBE_MISSING))
-        return gm_trial_untried(GM_NO_MEMORY, arena.no_memory);
+        return gm_trial_no_page(&arena, arena.no_memory);
     error = present ? gm_arena_fill(&arena) : 0;
     if (error)
-        return gm_trial_untried(GM_FILLING, error);
+        return gm_trial_no_page(&arena, error);
     trial = toucher_start(&toucher, &arena, READ_PAGE);
     if (trial.ok != 1)
         return trial;
@@ -414,7 +414,7 @@ struct gm_trial gm_probe_event_remove(int backing)
         return trial;
     error = gm_arena_fill(&arena);
     if (error)
-        return gm_trial_untried(GM_FILLING, error);
+        return gm_trial_no_page(&arena, error);
     trial = toucher_start(&toucher, &arena, REMOVE_PAGE);
     if (trial.ok != 1)
         return trial;

@@ -1,0 +1,146 @@
+"""`gmemd doctor`: what this host can do, what is missing, and how to mend it. A table for people, JSON for programs."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gmemd.probe import BACKINGS, CHECKS, Ability, Check, Finding, Memory, ability
+from gmemd.probe_apart import survey
+
+Findings = Mapping[str, Finding]
+Abilities = Mapping[str, Ability]
+
+# A migration works here if it does on one of these. hugetlb alone does not count: its pool may be gone tomorrow.
+ENOUGH = ("memfd", "guest_memfd", "guest_memfd_userfault")
+WORKED = Finding(True).why
+UNBOUNDED = 10_000  # columns: what is not read on a terminal is not folded
+MEBIBYTE = 1 << 20
+
+
+def main(json_output: bool) -> int:
+    """Tries everything and prints it. The exit code: 0 if guests can be received here, else EX_UNAVAILABLE."""
+    found = survey(CHECKS.values())
+    abilities = {name: ability(name, found.__getitem__) for name in BACKINGS}
+    works = any(abilities[name].ok for name in ENOUGH)
+    if json_output:
+        print(json.dumps(_as_json(found, abilities, works)))
+    else:
+        _report(found, abilities, works)
+    return os.EX_OK if works else os.EX_UNAVAILABLE
+
+
+def _as_json(found: Findings, abilities: Abilities, works: bool) -> dict[str, object]:
+    return {
+        "ok": works,
+        "kernel": {"release": platform.release(), "machine": platform.machine()},
+        "user": os.geteuid(),
+        "checks": [
+            {"name": name, "topic": check.topic, **asdict(found[name]), "means": check.means, "mend": check.mend}
+            for name, check in CHECKS.items()
+        ],
+        "backings": {name: asdict(each) for name, each in abilities.items()},
+    }
+
+
+def _report(found: Findings, abilities: Abilities, works: bool) -> None:
+    console = Console(highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        _print(console, found, abilities, works)
+        return
+    console = Console(highlight=False, width=UNBOUNDED, color_system=None)
+    with console.capture() as text:
+        _print(console, found, abilities, works)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+def _print(console: Console, found: Findings, abilities: Abilities, works: bool) -> None:
+    verdict = "can" if works else "cannot"
+    host = f"Linux {platform.release()}, {platform.machine()}, user id {os.geteuid()}"
+    console.print(f"Guests {verdict} be received here: {host}.")
+    for part in (_summary(abilities), _memory(found), _topics(found), _missing(found)):
+        console.print()
+        console.print(part)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+def _answer(ok: bool | None, *, matters: bool = True) -> Text:
+    if ok is None:
+        return Text("?", "yellow")
+    return Text("yes", "green") if ok else Text("no", "red" if matters else "")
+
+
+def _summary(abilities: Abilities) -> Table:
+    table = _table("guest memory in", "migrates", "trap", "populate", "what stands in the way")
+    for name, each in abilities.items():
+        table.add_row(name, _answer(each.ok), each.trap or "-", ", ".join(each.populate) or "-", Text(each.why))
+    return table
+
+
+def _value(finding: Finding) -> str:
+    """The value for people."""
+    if isinstance(finding.value, list):
+        return " ".join(finding.value)
+    if isinstance(finding.value, int) and finding.value >= MEBIBYTE:
+        return f"{finding.value // MEBIBYTE} MiB"
+    return "" if finding.value is None else str(finding.value)
+
+
+def _seen(finding: Finding) -> Text:
+    parts = (_value(finding), "" if finding.why == WORKED else finding.why)
+    return Text(", ".join(filter(None, parts)))
+
+
+def _cell(check: Check, finding: Finding) -> Text:
+    answer = _answer(finding.ok, matters=bool(check.mend))
+    value = _value(finding)
+    return answer.append(f" ({value})", "dim") if value else answer
+
+
+def _memory(found: Findings) -> Table:
+    """One row a question, one column a kind of memory."""
+    table = _table("memory", *Memory)
+    for name in (name.removeprefix(f"{Memory.MEMFD}.") for name in CHECKS if name.startswith(f"{Memory.MEMFD}.")):
+        table.add_row(name, *(_cell(CHECKS[f"{memory}.{name}"], found[f"{memory}.{name}"]) for memory in Memory))
+    return table
+
+
+def _topics(found: Findings) -> Table:
+    table = _table("check", "", "seen")
+    for check in (check for check in CHECKS.values() if check.topic not in set(Memory)):
+        finding = found[check.name]
+        table.add_row(check.name, _answer(finding.ok, matters=bool(check.mend)), _seen(finding))
+    return table
+
+
+def _missing(found: Findings) -> Text:
+    """Every "no", those that can be mended in the same way together; last those that need no mending."""
+    by_mend: dict[str, list[Check]] = {}
+    for check in CHECKS.values():
+        if found[check.name].ok is False:
+            by_mend.setdefault(check.mend, []).append(check)
+    unmended = by_mend.pop("", [])
+    text = Text()
+    for mend, checks in by_mend.items():
+        text.append("to mend: ", "bold").append(f"{mend}\n")
+        _say(text, checks, found)
+    if unmended:
+        text.append("nothing to mend, but to be known:\n", "bold")
+        _say(text, unmended, found)
+    return text
+
+
+def _say(text: Text, checks: Iterable[Check], found: Findings) -> None:
+    for check in checks:
+        text.append(f"  {check.name}: ").append(check.means).append(f" [{found[check.name].why}]\n", "dim")
