@@ -78,18 +78,23 @@ static void replay(struct checking *checking, const uint64_t *switched)
     model_replay(checking->params, switched ? switched : start, end, checking->now);
 }
 
-/* The bits that a vCPU may have set: of shared pages, and of pages that it wrote since the switch. */
-static void keep_touched(const struct checking *checking, uint64_t id, uint8_t *expected)
+/*
+ * The bits that a vCPU may have set: of shared pages, of pages that it wrote since the switch, and of the one that it
+ * would have written next, had it not found a wrong byte there.
+ */
+static void keep_touched(const struct checking *checking, unsigned id, uint8_t *expected)
 {
     const struct guest_params *params = checking->params;
     uint64_t start = params->touched + id * params->touched_size, owned = workload_owned(params, id);
+    uint64_t next = workload_choice(params, owned, id, machine_cpu(checking->machine, id)->steps);
     const uint64_t *found = (const void *)(checking->machine->memory.base + start);
     uint64_t *bits = (void *)(expected + start);
 
     for (uint64_t bit = 0; checking->at_switch && bit < params->shared_pages + owned; bit++) {
-        uint64_t page = workload_page(params, id, bit - params->shared_pages);
+        uint64_t index = bit - params->shared_pages, page = workload_page(params, id, index);
 
-        if (bit < params->shared_pages || checking->now[page] != checking->at_switch[page])
+        if (bit < params->shared_pages || index == next ||
+            checking->now[page] != checking->at_switch[page])
             bits[bit / 64] |= found[bit / 64] & 1ull << bit % 64;
     }
 }
@@ -105,7 +110,7 @@ static void keep_what_is_the_guests(const struct checking *checking, uint8_t *ex
 
     keep(checking, expected, GUEST_PARAMS + offsetof(struct guest_params, command),
          sizeof(*params) - offsetof(struct guest_params, command));
-    for (uint64_t id = 0; id < params->vcpus; id++) {
+    for (unsigned id = 0; id < params->vcpus; id++) {
         keep(checking, expected, params->cpus + id * GUEST_PAGE, sizeof(struct guest_cpu));
         keep(checking, expected, params->stacks + (id + 1) * GUEST_PAGE - STACK_USED, STACK_USED);
         keep_touched(checking, id, expected);

@@ -95,11 +95,14 @@ static void take_ready(struct destination *destination)
 static void take_done(struct destination *destination)
 {
     struct machine *machine = &destination->machine;
+    uint64_t blocked = touches_blocked(machine);
     uint64_t duration = now_ns() - machine_started_ns(machine);
     struct json event;
 
     machine_measure(machine, false);
-    destination->arrival.measured_ns = duration;
+    destination->arrival.ticks_per_us = clocks_ticks_per_us(destination->start, clocks_read());
+    destination->arrival.blocked_share = (double)blocked / destination->arrival.ticks_per_us * 1000 /
+                                         ((double)duration * machine->vcpus);
     destination->done = true;
     close_cleanup(&destination->uffd);
     destination->uffd = -1;
@@ -186,7 +189,6 @@ static void take_verify(struct destination *destination, const struct command *c
         return;
     }
     destination->ended = true;
-    destination->arrival.ticks_per_us = clocks_ticks_per_us(destination->start, clocks_read());
     destination->exit_code = verify(&destination->machine, &destination->arrival,
                                     (char *const *)command->word + 1, command->words - 1);
 }
@@ -211,7 +213,8 @@ static bool take_commands(struct destination *destination)
 
 int destination_main(const struct options *options)
 {
-    CLEANUP_FREE struct destination *destination = allocate(1, sizeof(*destination));
+    static struct destination memory; /* outlives the vCPUs: nothing waits for them at the end */
+    struct destination *destination = &memory;
 
     machine_create(&destination->machine, options);
     destination->uffd = uffd_create();

@@ -3,9 +3,21 @@
 #include "base.h"
 #include "json.h"
 
+/* This thread may be preempted between the two readings: the quickest of some tries is taken. */
 struct clocks clocks_read(void)
 {
-    return (struct clocks){.ticks = __builtin_ia32_rdtsc(), .ns = now_ns()};
+    struct clocks best = {0};
+    uint64_t gap = UINT64_MAX;
+
+    for (unsigned try = 0; try < 10; try++) {
+        uint64_t before = __builtin_ia32_rdtsc(), ns = now_ns(), after = __builtin_ia32_rdtsc();
+
+        if (after - before >= gap)
+            continue;
+        gap = after - before;
+        best = (struct clocks){.ticks = before, .ns = ns};
+    }
+    return best;
 }
 
 double clocks_ticks_per_us(struct clocks from, struct clocks to)
@@ -23,42 +35,61 @@ static double bucket_middle(uint64_t index)
     return ((double)(GUEST_OCTAVE + part) + 0.5) * (double)(1ull << (octave - 1));
 }
 
-static double percentile(const uint64_t *histogram, uint64_t touches, double share)
+static double smaller(double a, double b)
 {
-    uint64_t rank = (uint64_t)((double)touches * share), seen = 0;
+    return a < b ? a : b;
+}
+
+/* A value at a share of all touches; the middle of the last bucket may lie above the longest of them. */
+static double percentile(const struct guest_cpu *all, double share)
+{
+    uint64_t rank = (uint64_t)((double)all->touches * share), seen = 0;
 
     for (uint64_t i = 0; i < GUEST_BUCKETS; i++) {
-        seen += histogram[i];
+        seen += all->touch_histogram[i];
         if (seen > rank)
-            return bucket_middle(i);
+            return smaller(bucket_middle(i), (double)all->touch_max);
     }
     return 0;
 }
 
-void touches_report(const struct machine *machine, struct json *json, uint64_t measured_ns,
-                    double ticks_per_us)
+uint64_t touches_blocked(const struct machine *machine)
 {
-    uint64_t histogram[GUEST_BUCKETS] = {0}, touches = 0, sum = 0, most = 0, blocked = 0;
-    double all_ns = (double)measured_ns * machine->vcpus;
+    uint64_t blocked = 0;
+
+    for (unsigned id = 0; id < machine->vcpus; id++)
+        blocked += *(const volatile uint64_t *)&machine_cpu(machine, id)->blocked;
+    return blocked;
+}
+
+static struct guest_cpu sum_up(const struct machine *machine)
+{
+    struct guest_cpu all = {0};
 
     for (unsigned id = 0; id < machine->vcpus; id++) {
         const struct guest_cpu *cpu = machine_cpu(machine, id);
 
-        touches += cpu->touches;
-        sum += cpu->touch_sum;
-        blocked += cpu->blocked;
-        most = cpu->touch_max > most ? cpu->touch_max : most;
+        all.touches += cpu->touches;
+        all.touch_sum += cpu->touch_sum;
+        if (cpu->touch_max > all.touch_max)
+            all.touch_max = cpu->touch_max;
         for (unsigned i = 0; i < GUEST_BUCKETS; i++)
-            histogram[i] += cpu->touch_histogram[i];
+            all.touch_histogram[i] += cpu->touch_histogram[i];
     }
-    json_number(json, "touches", touches);
+    return all;
+}
+
+void touches_report(const struct machine *machine, struct json *json, double ticks_per_us)
+{
+    struct guest_cpu all = sum_up(machine);
+    double touches = all.touches ? (double)all.touches : 1;
+
+    json_number(json, "touches", all.touches);
     json_open(json, "touch_latency_us", '{');
-    json_fraction(json, "p50", percentile(histogram, touches, 0.5) / ticks_per_us);
-    json_fraction(json, "p90", percentile(histogram, touches, 0.9) / ticks_per_us);
-    json_fraction(json, "p99", percentile(histogram, touches, 0.99) / ticks_per_us);
-    json_fraction(json, "max", (double)most / ticks_per_us);
-    json_fraction(json, "mean", touches ? (double)sum / (double)touches / ticks_per_us : 0);
+    json_fraction(json, "p50", percentile(&all, 0.5) / ticks_per_us);
+    json_fraction(json, "p90", percentile(&all, 0.9) / ticks_per_us);
+    json_fraction(json, "p99", percentile(&all, 0.99) / ticks_per_us);
+    json_fraction(json, "max", (double)all.touch_max / ticks_per_us);
+    json_fraction(json, "mean", (double)all.touch_sum / touches / ticks_per_us);
     json_close(json, '}');
-    json_fraction(json, "blocked_share",
-                  measured_ns ? (double)blocked * 1000 / ticks_per_us / all_ns : 0);
 }

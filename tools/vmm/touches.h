@@ -14,8 +14,10 @@ struct clocks {
 struct clocks clocks_read(void);
 double clocks_ticks_per_us(struct clocks from, struct clocks to);
 
-/* Adds touches, touch_latency_us and blocked_share to an event. */
-void touches_report(const struct machine *machine, struct json *json, uint64_t measured_ns,
-                    double ticks_per_us);
+/* Ticks that vCPUs have spent in touches that came to an end. */
+uint64_t touches_blocked(const struct machine *machine);
+
+/* Adds "touches" and "touch_latency_us" to an event. */
+void touches_report(const struct machine *machine, struct json *json, double ticks_per_us);
 
 #endif

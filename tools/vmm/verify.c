@@ -60,8 +60,10 @@ static void report(const struct machine *machine, const struct check *check,
         json_close(&event, '}');
     }
     machine_report_steps(machine, &event);
-    if (arrival)
-        touches_report(machine, &event, arrival->measured_ns, arrival->ticks_per_us);
+    if (arrival) {
+        touches_report(machine, &event, arrival->ticks_per_us);
+        json_fraction(&event, "blocked_share", arrival->blocked_share);
+    }
     json_print(&event);
 }
 

@@ -7,8 +7,8 @@
 /* What a destination knows more than a guest that has always been here. */
 struct arrival {
     uint64_t steps[GUEST_VCPUS]; /* at the switch */
-    uint64_t measured_ns;        /* how long first touches were timed, from the first instruction to done */
     double ticks_per_us;
+    double blocked_share; /* of the vCPUs' time between the first instruction and done */
 };
 
 /* Returns the exit code: EX_OK or EX_DATAERR. `arrival` is NULL for a guest that has always been here. */
