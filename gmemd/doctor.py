@@ -6,7 +6,8 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -53,7 +54,7 @@ def _report(found: Findings, abilities: Abilities, works: bool) -> None:
     if console.is_terminal and not console.is_dumb_terminal:
         _print(console, found, abilities, works)
         return
-    console = Console(highlight=False, width=UNBOUNDED, color_system=None)
+    console = Console(highlight=False, force_terminal=False, width=UNBOUNDED)
     with console.capture() as text:
         _print(console, found, abilities, works)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
@@ -63,15 +64,15 @@ def _print(console: Console, found: Findings, abilities: Abilities, works: bool)
     verdict = "can" if works else "cannot"
     host = f"Linux {platform.release()}, {platform.machine()}, user id {os.geteuid()}"
     console.print(f"Guests {verdict} be received here: {host}.")
-    for part in (_summary(abilities), _memory(found), _topics(found), _missing(found)):
+    for part in (_summary(abilities), _obstacles(abilities), _memory(found), _topics(found), _missing(found)):
         console.print()
         console.print(part)
 
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        table.add_column(heading)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=place == 0)
     return table
 
 
@@ -82,10 +83,24 @@ def _answer(ok: bool | None, *, matters: bool = True) -> Text:
 
 
 def _summary(abilities: Abilities) -> Table:
-    table = _table("guest memory in", "migrates", "trap", "populate", "what stands in the way")
+    table = _table("guest memory in", "migrates", "trap", "populate")
     for name, each in abilities.items():
-        table.add_row(name, _answer(each.ok), each.trap or "-", ", ".join(each.populate) or "-", Text(each.why))
+        table.add_row(name, _answer(each.ok), each.trap or "-", ", ".join(each.populate) or "-")
     return table
+
+
+def _titled(title: Text, rows: Iterable[tuple[str, Text]]) -> Group:
+    """Names and what is said of them, below a line of their own."""
+    table = _table("", "")
+    table.show_header = False
+    for name, text in rows:
+        table.add_row(name, text)
+    return Group(title, Padding(table, (0, 0, 0, 2)))
+
+
+def _obstacles(abilities: Abilities) -> Group:
+    rows = [(name, Text(each.why)) for name, each in abilities.items() if not each.ok]
+    return _titled(Text("what stands in the way" if rows else "nothing stands in the way", "bold"), rows)
 
 
 def _value(finding: Finding) -> str:
@@ -105,14 +120,16 @@ def _seen(finding: Finding) -> Text:
 def _cell(check: Check, finding: Finding) -> Text:
     answer = _answer(finding.ok, matters=bool(check.mend))
     value = _value(finding)
-    return answer.append(f" ({value})", "dim") if value else answer
+    return Text.assemble(answer, (f" ({value})", "dim")) if value else answer
 
 
 def _memory(found: Findings) -> Table:
     """One row a question, one column a kind of memory."""
-    table = _table("memory", *Memory)
-    for name in (name.removeprefix(f"{Memory.MEMFD}.") for name in CHECKS if name.startswith(f"{Memory.MEMFD}.")):
-        table.add_row(name, *(_cell(CHECKS[f"{memory}.{name}"], found[f"{memory}.{name}"]) for memory in Memory))
+    table = _table("memory", *(memory.replace("_no_direct_map", " no_direct_map") for memory in Memory))
+    first = f"{Memory.MEMFD}."
+    for what in (name.removeprefix(first) for name in CHECKS if name.startswith(first)):
+        names = [f"{memory}.{what}" for memory in Memory]
+        table.add_row(what, *(_cell(CHECKS[name], found[name]) for name in names))
     return table
 
 
@@ -124,23 +141,14 @@ def _topics(found: Findings) -> Table:
     return table
 
 
-def _missing(found: Findings) -> Text:
-    """Every "no", those that can be mended in the same way together; last those that need no mending."""
-    by_mend: dict[str, list[Check]] = {}
-    for check in CHECKS.values():
-        if found[check.name].ok is False:
-            by_mend.setdefault(check.mend, []).append(check)
-    unmended = by_mend.pop("", [])
-    text = Text()
-    for mend, checks in by_mend.items():
-        text.append("to mend: ", "bold").append(f"{mend}\n")
-        _say(text, checks, found)
-    if unmended:
-        text.append("nothing to mend, but to be known:\n", "bold")
-        _say(text, unmended, found)
-    return text
-
-
-def _say(text: Text, checks: Iterable[Check], found: Findings) -> None:
-    for check in checks:
-        text.append(f"  {check.name}: ").append(check.means).append(f" [{found[check.name].why}]\n", "dim")
+def _missing(found: Findings) -> Group:
+    """Every "no": those that are mended in the same way together, and last those where there is nothing to mend."""
+    by_mend: dict[str, list[tuple[str, Text]]] = {}
+    for check in sorted(CHECKS.values(), key=lambda check: not check.mend):
+        finding = found[check.name]
+        if finding.ok is False:
+            text = Text.assemble(check.means, (f" [{finding.why}]", "dim"))
+            by_mend.setdefault(check.mend, []).append((check.name, text))
+    titles = {mend: Text.assemble(("to mend: ", "bold"), mend) for mend in by_mend}
+    titles[""] = Text("nothing to mend, but to be known", "bold")
+    return Group(*(_titled(titles[mend], rows) for mend, rows in by_mend.items()))

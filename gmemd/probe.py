@@ -46,15 +46,15 @@ class Ability:
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """A way for guest memory to lie in a file, and the checks that say whether vCPUs can run on it."""
+    """A way for guest memory to lie in a file, and what must work for vCPUs to run on it, where that is not sure."""
 
     memory: Memory
     vcpus: tuple[str, ...]
 
 
 BACKINGS = {
-    "memfd": Backing(Memory.MEMFD, ("memfd.pin",)),
-    "hugetlb": Backing(Memory.HUGETLB, ("hugetlb.pin",)),
+    "memfd": Backing(Memory.MEMFD, ()),
+    "hugetlb": Backing(Memory.HUGETLB, ()),
     "guest_memfd": Backing(Memory.GUEST_MEMFD, ("guest_memfd.pin",)),
     "guest_memfd_userfault": Backing(Memory.GUEST_MEMFD, ("kvm.guest_memfd_slot", "kvm.userfault")),
     "guest_memfd_no_direct_map": Backing(Memory.NO_DIRECT_MAP, ("kvm.no_direct_map", "kvm.userfault")),
@@ -82,7 +82,8 @@ def ability(backing: str, find: Find) -> Ability:
     plan = BACKINGS[backing]
     trap, trapped = _trap(plan.memory, find)
     populate, populated = _populate(plan.memory, find)
-    decisive = {name: find(name) for name in plan.vcpus} | {"faults": trapped, "populating": populated}
+    decisive = {name: find(name) for name in ("userfaultfd.access", *plan.vcpus)}
+    decisive |= {"faults": trapped, "populating": populated}
     for ok in (False, None):
         for what, found in decisive.items():
             if found.ok is ok:

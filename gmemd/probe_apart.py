@@ -63,7 +63,7 @@ def _try(check: Check) -> Finding:
     try:
         return check.try_it()
     except OSError as error:
-        return Finding(None, None, str(error))
+        return Finding(None, None, ": ".join(filter(None, (error.filename, say_errno(error.errno or 0)))))
     except Exception as error:  # one broken check must not hide the others
         return Finding(None, None, f"a bug in gmemd: {error!r}")
 

@@ -117,7 +117,7 @@ def peer_pidfd() -> Finding:
 def _limit(which: int, wanted: int) -> Finding:
     soft, hard = resource.getrlimit(which)
     known = {resource.RLIM_INFINITY: "unlimited"}
-    why = f"at most {known.get(hard, hard)} if asked for; {wanted} or more will do"
+    why = f"the hard limit is {known.get(hard, hard)}; {wanted} or more will do"
     return Finding(soft == resource.RLIM_INFINITY or soft >= wanted, known.get(soft, soft), why)
 
 

@@ -38,14 +38,15 @@ class Check:
 
 
 def _access() -> Finding:
-    """`value`: the way that traps the kernel's faults, or "user-mode only"."""
-    ways = (kernel.uffd_device(), kernel.uffd_syscall())
-    for way in ways:
-        if way.ok:
-            return way
+    """`value`: the first way that traps the kernel's faults, or "user-mode only"."""
+    seen = []
+    for way in (kernel.uffd_device, kernel.uffd_syscall):
+        found = way()
+        if found.ok:
+            return found
+        seen.append(found.why)
     user_mode = kernel.uffd_user_mode()
-    seen = "; ".join(way.why for way in (*ways, user_mode) if not way.ok)
-    return Finding(False, "user-mode only" if user_mode.ok else None, seen)
+    return Finding(False, "user-mode only" if user_mode.ok else None, "; ".join(seen))
 
 
 def _device(try_it: Callable[[], Finding], path: str) -> Finding:

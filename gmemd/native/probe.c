@@ -228,7 +228,9 @@ struct gm_trial gm_probe_pin(int backing)
     struct iovec page = {arena.alias, (size_t)sysconf(_SC_PAGESIZE)};
 
     (void)in;
-    return gm_trial_call(vmsplice(out, &page, 1, SPLICE_F_NONBLOCK), "vmsplice");
+    if (vmsplice(out, &page, 1, SPLICE_F_NONBLOCK) >= 0)
+        return gm_trial_yes(0);
+    return errno == EFAULT ? gm_trial_no("vmsplice", errno) : gm_trial_untried("vmsplice", errno);
 }
 
 static long long elapsed_ns(const struct timespec *from, const struct timespec *to)
