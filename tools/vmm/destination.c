@@ -229,12 +229,12 @@ int destination_main(const struct options *options)
 
         if (poll(polled, 3, -1) < 0 && errno != EINTR)
             fail(EX_OSERR, "poll: %s", strerror(errno));
-        if (polled[0].revents && !take_commands(destination))
-            break;
         if (polled[1].revents)
             take_note(destination);
         if (polled[2].revents)
             take_message(destination);
+        if (polled[0].revents && !take_commands(destination)) /* last: they read notes of their own */
+            break;
     }
     return destination->exit_code;
 }

@@ -255,14 +255,14 @@ int source_main(const struct options *options)
 
         if (poll(polled, 4, -1) < 0 && errno != EINTR)
             fail(EX_OSERR, "poll: %s", strerror(errno));
-        if (polled[0].revents && !take_commands(source))
-            break;
         if (polled[1].revents)
             take_note(source);
         if (polled[3].revents)
             take_message(source);
         if (polled[2].revents)
             take_client(source);
+        if (polled[0].revents && !take_commands(source)) /* last: they read notes of their own */
+            break;
     }
     unlink(options->listen);
     return source->exit_code;
