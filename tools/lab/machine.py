@@ -17,8 +17,9 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tools.lab import initramfs
@@ -32,8 +33,8 @@ FRESH = ("/tmp", "/run", "/dev/shm")  # what `init` covers with a tmpfs
 # An emulated machine on a busy host can stand still for seconds: no clock is to be called unstable for it,
 # and no CPU stuck. All else that goes wrong in the kernel ends the run.
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 loglevel=5 panic=-1 oops=panic nokaslr "
-    "tsc=reliable nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
+    *("console=ttyS0", "loglevel=5", "nokaslr", "panic=-1", "oops=panic"),
+    *("tsc=reliable", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1"),
 )
 COMPLAINT = re.compile(
     r"^(\[[^]]*\] ?)*(-+\[ cut here \]-+|WARNING: |BUG: |Oops|Kernel panic|general protection fault"
@@ -53,11 +54,11 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    status: int | None = None  # of the command; None if it did not end
-    timed_out: bool = False
-    console: str = ""
+    status: int | None  # of the command; None if it did not end
+    timed_out: bool
+    console: str
 
     def complaints(self) -> list[str]:
         """What the kernel wrote from its first warning on, or nothing."""
@@ -92,7 +93,7 @@ def arguments(machine: Machine, archive: int, pipes: Mapping[str, int]) -> list[
 
     line = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     line += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(machine.cpus), "-m", machine.memory]
-    line += ["-kernel", str(machine.kernel), "-append", KERNEL_ARGUMENTS]
+    line += ["-kernel", str(machine.kernel), "-append", " ".join(KERNEL_ARGUMENTS)]
     line += ["-initrd", f"/proc/self/fd/{archive}"]
     for name, descriptor in pipes.items():
         line += ["-chardev", f"file,id={name},path=/proc/self/fd/{descriptor}"]
@@ -105,31 +106,28 @@ def arguments(machine: Machine, archive: int, pipes: Mapping[str, int]) -> list[
     return line
 
 
-def drain(read_ends: Mapping[int, str], deadline: float) -> Outcome:
-    """Forwards output until QEMU closes its ends."""
-    kept = {"status": b"", "console": b""}
-    outcome = Outcome()
+def drain(read_ends: Mapping[str, int], deadline: float) -> Outcome:
+    """Forwards output until QEMU closes its ends, or until `deadline`."""
+    status, console = bytearray(), bytearray()
+    sinks: dict[str, Callable[[bytes], None]] = {
+        "out": partial(forward, 1),
+        "err": partial(forward, 2),
+        "status": status.extend,
+        "console": console.extend,
+    }
     with selectors.DefaultSelector() as selector:
-        for descriptor in read_ends:
-            selector.register(descriptor, selectors.EVENT_READ)
-        while selector.get_map():
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                outcome.timed_out = True
-                break
-            for key, _ in ready:
+        for name, descriptor in read_ends.items():
+            selector.register(descriptor, selectors.EVENT_READ, sinks[name])
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
                 data = os.read(key.fd, CHUNK)
-                name = read_ends[key.fd]
-                if not data:
-                    selector.unregister(key.fd)
-                elif name in kept:
-                    kept[name] += data
+                if data:
+                    key.data(data)
                 else:
-                    forward({"out": 1, "err": 2}[name], data)
-    outcome.console = kept["console"].decode(errors="replace").replace("\r", "")
-    if kept["status"].strip():
-        outcome.status = int(kept["status"])
-    return outcome
+                    selector.unregister(key.fd)
+        timed_out = bool(selector.get_map())
+    text = console.decode(errors="replace").replace("\r", "")
+    return Outcome(int(status) if status else None, timed_out, text)
 
 
 def forward(descriptor: int, data: bytes) -> None:
@@ -161,7 +159,7 @@ def run(machine: Machine, command: Sequence[str], seconds: float) -> Outcome:
     try:
         for descriptor in write_ends.values():
             os.close(descriptor)
-        return drain({read: name for name, (read, _) in ends.items()}, deadline)
+        return drain({name: read for name, (read, _) in ends.items()}, deadline)
     finally:
         process.kill()
         process.wait()
