@@ -7,4 +7,9 @@ The classes of this package own what the C side allocates, and keep alive what i
 from gmemd.native._errors import check, checked
 from gmemd.native._native import ffi, lib
 
-__all__ = ["check", "checked", "ffi", "lib"]
+__all__ = ["check", "checked", "crc32c", "ffi", "lib"]
+
+
+def crc32c(data: bytes) -> int:
+    """The CRC-32C of some bytes."""
+    return int(lib.gm_crc32c(0, data, len(data)))

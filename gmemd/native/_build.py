@@ -26,6 +26,7 @@ HEADERS = [
     "source.h",
     "push.h",
     "server.h",
+    "measure.h",
     "probe.h",
 ]
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread"]
@@ -51,9 +52,9 @@ ffibuilder = FFI()
 ffibuilder.cdef("".join(declarations(HERE / name) for name in HEADERS))
 ffibuilder.set_source(
     "gmemd.native._native",
-    PRAGMAS + "".join(f'#include "{name}"\n' for name in HEADERS),
+    PRAGMAS + "".join(f'#include "gmemd/native/{name}"\n' for name in HEADERS),
     sources=sources(),
-    include_dirs=[os.path.relpath(HERE)],
+    include_dirs=[os.path.relpath(HERE.parents[1])],
     depends=[os.path.relpath(path) for path in sorted(HERE.glob("*.h"))],
     extra_compile_args=FLAGS + os.environ.get("GMEMD_CFLAGS", "").split(),
     extra_link_args=["-pthread", *os.environ.get("GMEMD_LDFLAGS", "").split()],

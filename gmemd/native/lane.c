@@ -4,6 +4,7 @@
 #include "install.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,9 @@
 
 /* One damaged frame is a flipped bit somewhere on the way; a second on the same connection is a broken way. */
 enum { DAMAGED_FRAMES = 1 };
+
+/* A thread that has emptied the socket waits this long for more, before it is given to another lane. */
+enum { LINGER_MS = 2 };
 
 /* Room for the largest frame of this guest, and as much again to read ahead. */
 static size_t buffer_size(const struct gm_memory *m)
@@ -40,6 +44,8 @@ struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned index, int socket
         lane->capacity = buffer_size(d->memory);
         lane->buffer = malloc(lane->capacity);
         lane->heard_ns = gm_now_ns();
+        for (unsigned i = 0; i < d->memory->count; i++)
+            lane->direct |= d->memory->region[i].populate == GM_POPULATE_RECV;
         if (index)
             snprintf(lane->name, sizeof lane->name, "background lane %u", index);
         else
@@ -79,6 +85,7 @@ static int lacking(struct gm_lane *lane, size_t *ret, struct gm_problem *problem
                                       &lane->frame, problem) < 0)
             return -1;
         lane->has_frame = 1;
+        lane->looked = lane->buffered = false;
     }
     *ret = GM_HEADER_BYTES + lane->frame.length > have ? GM_HEADER_BYTES + lane->frame.length - have : 0;
     return 0;
@@ -92,7 +99,7 @@ static bool damaged(const struct gm_lane *lane, const unsigned char *header)
            gm_frame_crc(header, header + GM_HEADER_BYTES, lane->frame.length) != lane->frame.crc;
 }
 
-static int ask_again(struct gm_lane *lane, struct gm_problem *ret)
+int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret)
 {
     const struct gm_frame *f = &lane->frame;
 
@@ -103,7 +110,7 @@ static int ask_again(struct gm_lane *lane, struct gm_problem *ret)
     return gm_destination_ask(lane->destination, f->region, f->first, f->count, ret);
 }
 
-static void count_pages(const struct gm_lane *lane, uint64_t claimed)
+void gm_lane_count(const struct gm_lane *lane, uint64_t claimed)
 {
     struct gm_destination *d = lane->destination;
     uint64_t pages = (unsigned)__builtin_popcountll(claimed);
@@ -133,7 +140,7 @@ static void install(struct gm_lane *lane, const unsigned char *payload)
         return;
     }
     gm_install_finish(&in);
-    count_pages(lane, in.claimed);
+    gm_lane_count(lane, in.claimed);
 }
 
 static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
@@ -142,7 +149,7 @@ static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
     int result = 0;
 
     if (damaged(lane, header))
-        result = ask_again(lane, ret);
+        result = gm_lane_ask_again(lane, ret);
     else if (lane->frame.kind != GM_KIND_BEAT)
         install(lane, header + GM_HEADER_BYTES);
     lane->start += GM_HEADER_BYTES + lane->frame.length;
@@ -161,10 +168,12 @@ static void make_room(struct gm_lane *lane, size_t lacking)
     }
 }
 
-/* Reads what is there. Returns 1 if something was, 0 if nothing, -1 at the end. */
-static int fill(struct gm_lane *lane, struct gm_problem *ret)
+/* Reads what is there; in a lane that reads nothing ahead, at most `lacking` bytes. Returns 1 if something was, 0 if nothing, -1 at the
+ * end. */
+static int fill(struct gm_lane *lane, size_t lacking, struct gm_problem *ret)
 {
-    ssize_t got = recv(lane->socket, lane->buffer + lane->end, lane->capacity - lane->end, MSG_DONTWAIT);
+    size_t most = lane->direct ? lacking : lane->capacity - lane->end;
+    ssize_t got = recv(lane->socket, lane->buffer + lane->end, most, MSG_DONTWAIT);
 
     if (got > 0) {
         lane->end += (size_t)got;
@@ -179,27 +188,45 @@ static int fill(struct gm_lane *lane, struct gm_problem *ret)
     return gm_blame(ret, GM_LINK, 0, "%s: closed by the source", lane->name);
 }
 
+static bool takes_direct(const struct gm_lane *lane)
+{
+    return lane->direct && lane->has_frame && !lane->buffered && lane->frame.kind == GM_KIND_PAGES &&
+           lane->destination->memory->region[lane->frame.region].populate == GM_POPULATE_RECV;
+}
+
+/* One step. Returns 1 when something was done, 0 when more has to come, -1 at the end. */
+static int step(struct gm_lane *lane, struct gm_problem *ret)
+{
+    size_t more;
+
+    if (lacking(lane, &more, ret) < 0)
+        return -1;
+    if (takes_direct(lane))
+        return gm_lane_install_direct(lane, ret);
+    if (!more)
+        return take_frame(lane, ret) < 0 ? -1 : 1;
+    make_room(lane, more);
+    return fill(lane, more, ret);
+}
+
 int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem *ret)
 {
     uint64_t now = gm_now_ns(), until = now + (uint64_t)budget_us * 1000;
 
     while (now < until) {
-        size_t more;
-        int got;
+        int done = step(lane, ret);
 
-        if (lacking(lane, &more, ret) < 0)
+        if (done < 0)
             return -1;
-        if (!more) {
-            if (take_frame(lane, ret) < 0)
-                return -1;
-            now = gm_now_ns();
-            continue;
+        now = gm_now_ns();
+        if (done) {
+            atomic_store_explicit(&lane->heard_ns, now, memory_order_relaxed);
+        } else {
+            struct pollfd more = {.fd = lane->socket, .events = POLLIN};
+
+            if (!lane->index || poll(&more, 1, LINGER_MS) <= 0)
+                return GM_LANE_IDLE;
         }
-        make_room(lane, more);
-        got = fill(lane, ret);
-        if (got <= 0)
-            return got < 0 ? -1 : GM_LANE_IDLE;
-        atomic_store(&lane->heard_ns, now);
     }
     return GM_LANE_BUSY;
 }

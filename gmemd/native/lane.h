@@ -6,6 +6,7 @@
 #include "frame.h"
 #include "problem.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* python */
@@ -36,8 +37,19 @@ struct gm_lane {
     size_t capacity, start, end; /* [start, end) has come and is not dealt with */
     struct gm_frame frame;       /* the header at `start`, once it has been checked */
     int has_frame;
+    bool direct;   /* some region takes its pages straight from the socket, so nothing is read ahead */
+    bool looked;   /* for the payload of this frame, and not all of it was there */
+    bool buffered; /* this frame takes the way through the buffer all the same */
     unsigned damaged;
     _Atomic uint64_t heard_ns;
 };
+
+/* Installs the frame whose header has been read, from the socket into the alias. Returns 1, 0 when not all of the payload has
+ * come, or -1 when the lane ended. May decide for the buffer, and then has done nothing. */
+int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret);
+
+/* For both ways: the frame was damaged; ask for its pages once more, or end the lane. */
+int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret);
+void gm_lane_count(const struct gm_lane *lane, uint64_t claimed);
 
 #endif

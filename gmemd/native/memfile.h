@@ -16,6 +16,12 @@ enum gm_kind {
     GM_GUEST_MEMFD, /* KVM's own */
 };
 
+/* Flags of a guest_memfd. */
+#define GM_GUEST_MEMFD_MMAP 1
+#define GM_GUEST_MEMFD_INIT_SHARED 2
+#define GM_GUEST_MEMFD_NO_DIRECT_MAP 4
+#define GM_GUEST_MEMFD_WRITE 8
+
 /* Each makes a file of `size` bytes and returns its descriptor. `huge_page` is the page size in bytes, 0 for base pages. */
 int gm_memfile_memfd(const char *name, uint64_t size, uint64_t huge_page, struct gm_problem *ret);
 int gm_memfile_guest_memfd(uint64_t size, uint64_t flags, struct gm_problem *ret);

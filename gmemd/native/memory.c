@@ -148,6 +148,11 @@ int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
     return 0;
 }
 
+int gm_memory_map(struct gm_memory *m, unsigned region, struct gm_problem *ret)
+{
+    return gm_region_map_alias(&m->region[region], ret);
+}
+
 int gm_memory_set_populate(struct gm_memory *m, unsigned region, int populate, struct gm_problem *ret)
 {
     struct gm_region *r = &m->region[region];

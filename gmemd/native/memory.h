@@ -54,6 +54,9 @@ uint64_t gm_memory_received(const struct gm_memory *m);
 /* How pages of a region get their content; maps the alias where the way needs one. */
 int gm_memory_set_populate(struct gm_memory *m, unsigned region, int populate, struct gm_problem *ret);
 
+/* Maps a region's alias: for a file that cannot be read otherwise. */
+int gm_memory_map(struct gm_memory *m, unsigned region, struct gm_problem *ret);
+
 /* Registers every region; returns the GM_UFFD_ modes that all of them have. */
 int gm_memory_register(struct gm_memory *m, struct gm_problem *ret);
 int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret);

@@ -25,6 +25,13 @@ _POPULATE = {
     Populate.COPY: lib.GM_POPULATE_COPY,
 }
 
+
+
+def native_populate(how: Populate) -> int:
+    """The `enum gm_populate` of a way."""
+    return _POPULATE[how]
+
+
 TRAPS = {
     lib.GM_UFFD_MINOR: "minor",
     lib.GM_UFFD_MISSING | lib.GM_UFFD_MINOR: "missing+minor",
@@ -88,7 +95,7 @@ class Memory:
 
     def set_populate(self, region: int, how: Populate) -> None:
         """Decides how pages of a region get their content; maps the alias where `how` needs one."""
-        check(lib.gm_memory_set_populate, self.native, region, _POPULATE[how])
+        check(lib.gm_memory_set_populate, self.native, region, native_populate(how))
         self.populate[region] = how
 
     def register(self) -> str:

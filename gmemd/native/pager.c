@@ -7,7 +7,7 @@
 
 #include "cleanup.h"
 #include "faults.h"
-#include "poll.h"
+#include "poller.h"
 
 #include <errno.h>
 #include <pthread.h>

@@ -2,7 +2,7 @@
 
 #include "clock.h"
 #include "frame.h"
-#include "poll.h"
+#include "poller.h"
 #include "sender.h"
 
 #include <errno.h>

@@ -5,8 +5,8 @@
  * a while before it sleeps. How long is learnt as KVM learns halt_poll_ns: a sleep that was shorter than the longest poll
  * allowed would have been saved by polling, so poll longer; a longer one would not, so poll less, down to nothing.
  */
-#ifndef GM_POLL_H
-#define GM_POLL_H
+#ifndef GM_POLLER_H
+#define GM_POLLER_H
 
 #include <stdint.h>
 #include <sys/epoll.h>

@@ -1,0 +1,136 @@
+"""`gmemd`: the command line of the daemon's host."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from gmemd import __version__, config, errors, log
+
+Command = Callable[[argparse.Namespace], int]
+INTERRUPTED = 130  # as shells do: 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with EX_USAGE, as documented, where argparse would end with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(errors.UsageError.exit_code, f"{self.prog}: {message}\n")
+
+
+def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | None) -> int:
+    """Runs a command: an error of ours becomes one line and its exit code, anything else a traceback."""
+    try:
+        return main(parser.parse_args(arguments))
+    except errors.GmemdError as error:
+        return _report(parser, error)
+    except BaseExceptionGroup as group:
+        expected, bugs = group.split(errors.GmemdError)
+        if expected is None or bugs is not None:
+            raise
+        return _report(parser, _first(expected))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _report(parser: argparse.ArgumentParser, error: errors.GmemdError) -> int:
+    print(f"{parser.prog}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _first(group: BaseExceptionGroup[errors.GmemdError]) -> errors.GmemdError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def serve(options: argparse.Namespace) -> int:
+    import trio
+
+    from gmemd.daemon import Daemon
+
+    settings = config.load(options.config)
+    if options.dump_config:
+        print(config.dump(settings), end="")
+        return 0
+    log.set_up()
+    trio.run(Daemon(settings).run)
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from gmemd import doctor
+
+    return doctor.main(options.json)
+
+
+def status(options: argparse.Namespace) -> int:
+    from gmemd import showstatus
+
+    return showstatus.main(_status_socket(options), as_json=options.json, watch=options.watch)
+
+
+def abandon(options: argparse.Namespace) -> int:
+    from gmemd import status
+
+    answer = status.ask(_status_socket(options), {"command": "abandon", "migration": options.migration})
+    print(f"{options.migration} is given up; {answer['pages_missing']} pages were missing")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    from gmemd_tools.demo import demo
+
+    return demo.main(options)
+
+
+def _status_socket(options: argparse.Namespace) -> Path:
+    return options.socket or config.load(options.config).daemon.status_socket
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = Parser(prog="gmemd", description="Pages a migrating KVM guest's memory in on demand.")
+    top.add_argument("--version", action="version", version=f"gmemd {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, main: Command, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(main=main)
+        return command
+
+    def add_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--config", type=Path, metavar="FILE", help=f"default: {config.DEFAULT_PATH}")
+
+    command = add("serve", serve, "Run the destination daemon.")
+    add_config(command)
+    command.add_argument("--dump-config", action="store_true", help="print the configuration in effect, and end")
+
+    command = add("status", status, "Show what runs, how far it is, and what is stuck.")
+    add_config(command)
+    command.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's status socket")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.add_argument("--watch", action="store_true", help="go on showing it")
+
+    command = add("abandon", abandon, "Give a migration up: its guest's memory stays incomplete.")
+    add_config(command)
+    command.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's status socket")
+    command.add_argument("migration", metavar="ID")
+
+    command = add("doctor", doctor, "Tell what this host can do, and what is missing and how to mend it.")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+    from gmemd_tools.demo import options as demo_options
+
+    demo_options.add(add("demo", demo, "Migrate a real guest on this machine, every page checked."))
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console script."""
+    return run(parser(), lambda options: options.main(options), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

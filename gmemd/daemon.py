@@ -1,0 +1,179 @@
+"""`gmemd serve`: the destination daemon. Owns the sockets, the pager's thread, and the order in which all ends."""
+
+import errno
+import grp
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from gmemd import notify, status
+from gmemd.config import Config
+from gmemd.errors import ConfigError, UnavailableError
+from gmemd.listen import take_descriptors
+from gmemd.migrate.link import LinkSettings
+from gmemd.native.destination import Pager
+from gmemd.populate import Chooser
+from gmemd.registry import Registry
+from gmemd.sources import SourceConnections
+from gmemd.vmms import Shared, VmmConnection
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 64
+STATUS_SECONDS = 1.0
+
+
+class Daemon:
+    """One daemon. `run` returns when it was told to stop."""
+
+    def __init__(self, config: Config) -> None:
+        network, paging = config.network, config.paging
+        settings = LinkSettings(
+            heartbeat=network.heartbeat,
+            dead_after=network.dead_after,
+            handshake_timeout=network.handshake_timeout,
+            checksum=paging.checksum,
+            poll_us=paging.poll_us,
+        )
+        self.config = config
+        self.registry = Registry(config.limits.migrations)
+        self.pager = Pager(paging.poll_us)
+        self.notifier = notify.from_environment()
+        self.shared = Shared(
+            config,
+            settings,
+            self.registry,
+            self.pager,
+            Chooser(paging.populate),
+            trio.CapacityLimiter(paging.lane_threads or os.cpu_count() or 1),
+        )
+        self.sources = SourceConnections(self.registry, settings, network.max_connections)
+        self._connections: trio.Nursery
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT."""
+        listeners = self._listeners()
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._run_pager)
+            try:
+                async with trio.open_nursery() as self._connections:
+                    for listener, serve in listeners:
+                        self._connections.start_soon(self._accept, listener, serve)
+                    self._connections.start_soon(self._tell_status)
+                    self.notifier.ready()
+                    log.info("ready, sources come to %s", _name(listeners[1][0]))
+                    await self._wait_for_signal()
+                    self._connections.cancel_scope.cancel()
+            finally:
+                self.notifier.stopping()
+                self.pager.stop()
+        self.pager.close()
+
+    async def _run_pager(self) -> None:
+        """In a thread of its own, which is told when to end."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.pager.run, limiter=trio.CapacityLimiter(1))
+
+    async def _wait_for_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: stopping", signal.Signals(number).name)
+                return
+
+    async def _tell_status(self) -> None:
+        while True:
+            await trio.sleep(STATUS_SECONDS)
+            self.notifier.status(status.one_line(self.registry))
+
+    def _listeners(self) -> list[tuple[trio.socket.SocketType, Callable[[trio.socket.SocketType], Awaitable[None]]]]:
+        """What was handed in by name, or else what the configuration says."""
+        handed = {name: fds for name, fds in take_descriptors().items() if fds}
+        config = self.config.daemon
+
+        def take(name: str, make: Callable[[], socket.socket]) -> trio.socket.SocketType:
+            sock = socket.socket(fileno=handed.pop(name)[0]) if name in handed else make()
+            sock.setblocking(False)
+            return trio.socket.from_stdlib_socket(sock)
+
+        return [
+            (take("handoff", lambda: self._unix(config.socket, socket.SOCK_SEQPACKET)), self._serve_vmm),
+            (take("source", self._tcp), self._serve_source),
+            (take("status", lambda: self._unix(config.status_socket, socket.SOCK_STREAM)), self._serve_status),
+        ]
+
+    def _tcp(self) -> socket.socket:
+        host, port = self.config.network.listen
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise UnavailableError(f"cannot listen on {self.config.network.listen}: {error.strerror}") from None
+
+    def _unix(self, path: Path, kind: socket.SocketKind) -> socket.socket:
+        config = self.config.daemon
+        sock = socket.socket(socket.AF_UNIX, kind)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path, kind)
+            old_umask = os.umask(0o777)
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(old_umask)
+            if config.socket_group:
+                os.chown(path, -1, grp.getgrnam(config.socket_group).gr_gid)
+            os.chmod(path, config.socket_mode)
+            sock.listen(BACKLOG)
+        except KeyError:
+            raise ConfigError(f"socket_group = {config.socket_group!r}: no such group") from None
+        except OSError as error:
+            raise UnavailableError(f"cannot listen on {path}: {error.strerror or error}") from None
+        return sock
+
+    async def _accept(
+        self, listener: trio.socket.SocketType, serve: Callable[[trio.socket.SocketType], Awaitable[None]]
+    ) -> None:
+        with listener:
+            while True:
+                try:
+                    connection, _ = await listener.accept()
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.ENOBUFS):
+                        raise
+                    log.warning("accept: %s", error.strerror, extra={"once": "accept", "every": 10.0})
+                    await trio.sleep(STATUS_SECONDS)
+                    continue
+                self._connections.start_soon(serve, connection)
+
+    async def _serve_vmm(self, connection: trio.socket.SocketType) -> None:
+        with connection:
+            await VmmConnection(self.shared, connection).serve()
+
+    async def _serve_source(self, connection: trio.socket.SocketType) -> None:
+        await self.sources.serve(trio.SocketStream(connection))
+
+    async def _serve_status(self, connection: trio.socket.SocketType) -> None:
+        await status.serve(trio.SocketStream(connection), self.registry)
+
+
+def _name(listener: trio.socket.SocketType) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _remove_stale(path: Path, kind: socket.SocketKind) -> None:
+    """Removes a socket that a daemon left behind; UnavailableError if one still listens there."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+    raise UnavailableError(f"{path}: another daemon listens there")

@@ -1,0 +1,86 @@
+"""Checks that what a VMM handed over is what it says, before a byte of it is used; and opens memory files for a source."""
+
+import fcntl
+import os
+from collections.abc import Sequence
+
+from gmemd.errors import GmemdError, HandoffError, UnavailableError
+from gmemd.native import check, ffi, lib
+from gmemd.native.memory import Memory, Region
+
+LARGEST_PAGE = 1 << lib.GM_MAX_PAGE_SHIFT
+USERFAULTFD = "anon_inode:[userfaultfd]"
+
+
+def check_received(regions: Sequence[Region], fds: Sequence[int], limit: int) -> None:
+    """Raises HandoffError unless the regions can be received into: empty, apart from each other, behind userfaultfds."""
+    if (size := sum(region.size for region in regions)) > limit:
+        raise HandoffError(f"{size} bytes of guest memory (this daemon takes {limit} at most): sent by the VMM")
+    for index, region in enumerate(regions):
+        _check_file(index, region, fds[region.file])
+        if kind_of(fds[region.file])[0] == lib.GM_FILE:
+            raise HandoffError(f"region {index}: not a memory file but one on a disk: sent by the VMM")
+        _check_userfaultfd(index, fds[region.uffd])
+        empty = lib.gm_memfile_empty(fds[region.file], region.offset, region.size)
+        if empty == 0:
+            raise HandoffError(
+                f"region {index}: its memory file holds data already; it must be untouched: sent by the VMM"
+            )
+    identities = [os.fstat(fd).st_ino for fd in fds]
+    _check_apart("guest physical addresses", [(0, r.gpa, r.size) for r in regions])
+    _check_apart("host addresses", [(r.uffd, r.hva, r.size) for r in regions])
+    _check_apart("parts of one memory file", [(identities[r.file], r.offset, r.size) for r in regions])
+
+
+def check_sent(regions: Sequence[Region], fds: Sequence[int]) -> None:
+    """Raises HandoffError unless every region lies within its memory file."""
+    for index, region in enumerate(regions):
+        _check_file(index, region, fds[region.file])
+
+
+def map_unreadable(memory: Memory, regions: Sequence[Region], fds: Sequence[int]) -> None:
+    """Maps the regions of a source whose files have no read(): guest_memfd."""
+    for index, region in enumerate(regions):
+        if kind_of(fds[region.file])[0] == lib.GM_GUEST_MEMFD:
+            check(lib.gm_memory_map, memory.native, index)
+
+
+def kind_of(fd: int) -> tuple[int, int]:
+    """The `enum gm_kind` of a descriptor and its page size in bytes."""
+    page_size = ffi.new("uint64_t *")
+    kind = check(lib.gm_memfile_kind, fd, page_size)
+    return kind, page_size[0]
+
+
+def _check_file(index: int, region: Region, fd: int) -> None:
+    try:
+        kind, page_size = kind_of(fd)
+    except GmemdError as error:
+        raise HandoffError(f"region {index}: {error}: sent by the VMM") from None
+    if region.page_size > LARGEST_PAGE:
+        raise UnavailableError(f"region {index}: pages of {region.page_size} bytes ({LARGEST_PAGE} at most)")
+    if kind != lib.GM_FILE and region.page_size != page_size:
+        raise HandoffError(
+            f"region {index}: page_size = {region.page_size}, its memory file has pages of {page_size}: sent by the VMM"
+        )
+    if (size := os.fstat(fd).st_size) < region.offset + region.size:
+        raise HandoffError(
+            f"region {index}: the file has {size} bytes, the region needs {region.offset + region.size}: sent by the VMM"
+        )
+
+
+def _check_userfaultfd(index: int, fd: int) -> None:
+    if (name := os.readlink(f"/proc/self/fd/{fd}")) != USERFAULTFD:
+        raise HandoffError(f"region {index}: not a userfaultfd but {name}: sent by the VMM")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if not flags & os.O_NONBLOCK:
+        # A blocking one polls as POLLERR for ever. The flag belongs to the open file, so this is the VMM's, too.
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+
+
+def _check_apart(what: str, ranges: Sequence[tuple[int, int, int]]) -> None:
+    """Ranges (space, start, size) of one space must not overlap."""
+    order = sorted(range(len(ranges)), key=lambda i: ranges[i])
+    for a, b in zip(order, order[1:], strict=False):
+        if ranges[a][0] == ranges[b][0] and ranges[a][1] + ranges[a][2] > ranges[b][1]:
+            raise HandoffError(f"regions {a} and {b}: their {what} overlap: sent by the VMM")

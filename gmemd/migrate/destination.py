@@ -1,0 +1,207 @@
+"""One migration at its destination, from the hand-off until nothing is missing."""
+
+import enum
+import logging
+import time
+from dataclasses import dataclass, field
+
+import trio
+
+from gmemd.errors import GmemdError, RefusedError
+from gmemd.migrate import wire
+from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
+from gmemd.migrate.session import Session
+from gmemd.native.destination import Destination, Pager
+from gmemd.native.memory import Memory
+
+log = logging.getLogger(__name__)
+
+# How often pages that could not be put in place are asked for again: space has to come back meanwhile.
+RETRY_SECONDS = 1.0
+
+
+class Phase(enum.Enum):
+    """What the guest has of this host."""
+
+    WAITING = "waiting"  # for the source
+    PREPARING = "preparing"  # the source is there, the guest still runs on it
+    RUNNING = "running"  # the guest runs here, and pages are missing
+    COMPLETE = "complete"
+    ABANDONED = "abandoned"
+
+
+@dataclass(slots=True)
+class Report:
+    """What an operator asks about. Times of CLOCK_MONOTONIC in seconds."""
+
+    created: float = field(default_factory=time.monotonic)
+    switched: float | None = None
+    completed: float | None = None
+    recoveries: int = 0
+    stuck: str | None = None  # why pages could not be put in place, while that lasts
+    link: str | None = None  # why there is no source, while there is none
+
+
+class IncomingMigration:
+    """Owns everything of one migration but the descriptors, which are its creator's."""
+
+    def __init__(
+        self,
+        name: str,
+        memory: Memory,
+        pager: Pager,
+        settings: LinkSettings,
+        lane_threads: trio.CapacityLimiter,
+        *,
+        state_limit: int,
+        trace: bool = False,
+    ) -> None:
+        self.name = name
+        self.memory = memory
+        self.pager = pager
+        self.settings = settings
+        self.lane_threads = lane_threads
+        self.state_limit = state_limit
+        self.destination = Destination(memory, trace=trace)
+        self.phase = Phase.WAITING
+        self.report = Report()
+        self.trap = ""
+        self.state: bytes | None = None
+        self.epoch = 0
+        self.session: Session | None = None
+        self.ready = trio.Event()  # the guest may run here, or never will
+        self.ended = trio.Event()
+
+    def start(self) -> None:
+        """Registers the memory. From here on, a fault waits until its page has come."""
+        self.trap = self.memory.register()
+        self.pager.add(self.destination)
+
+    async def run(self) -> None:
+        """Watches over the migration until it has ended, either way."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_events)
+            nursery.start_soon(self._retry_what_is_stuck)
+            await self.ended.wait()
+            nursery.cancel_scope.cancel()
+
+    async def close(self) -> None:
+        """Frees what is left, after the session has ended."""
+        if self.session:
+            await self.session.stop()
+        self.pager.remove(self.destination)
+        self.destination.close()
+        self.memory.close()
+
+    async def serve_source(self, control: ControlLane, hello: wire.Hello) -> None:
+        """Talks with a source until it goes, or until the migration ends. Raises what the connection ended with."""
+        await self._admit(hello)
+        if self.session:
+            await self.session.stop()
+        if self.ended.is_set():
+            raise RefusedError(f"migration {self.name} is {self.phase.value}")
+        if self.epoch:
+            self.report.recoveries += 1
+        self.epoch += 1
+        if self.phase is Phase.WAITING:
+            self.phase = Phase.PREPARING
+        self.report.link = None
+        session = self.session = Session(self, control, hello, self.epoch)
+        log.info("source %s, epoch %d", control.messages.address, self.epoch, extra={"migration": self.name})
+        try:
+            await session.run()
+        except GmemdError as error:
+            self.report.link = str(error)
+            raise
+        finally:
+            if self.session is session:
+                self.session = None
+                if self.phase is Phase.PREPARING:
+                    self.phase = Phase.WAITING
+
+    async def attach(self, hello: wire.LaneHello, messages: MessageStream) -> None:
+        """Gives a page lane to the session that it belongs to."""
+        session = self.session
+        if session is None or hello.epoch != session.epoch:
+            raise RefusedError(f"lane {hello.lane}: epoch {hello.epoch} is over: sent by the source")
+        await session.attach(hello, messages)
+
+    def switch(self, state: bytes) -> None:
+        """The guest has stopped at the source."""
+        self.state = state
+        self.phase = Phase.RUNNING
+        self.report.switched = time.monotonic()
+        self.ready.set()
+        log.info(
+            "the guest runs here from now on, %d of %d pages are missing",
+            self.memory.pages - self.memory.received,
+            self.memory.pages,
+            extra={"migration": self.name},
+        )
+
+    def end(self, phase: Phase) -> None:
+        """The migration is over."""
+        if not self.ended.is_set():
+            self.phase = phase
+            self.report.completed = time.monotonic()
+            self.ready.set()
+            self.ended.set()
+
+    async def _admit(self, hello: wire.Hello) -> None:
+        """Refuses a source that is not ours, one too many, or one that was replaced."""
+        regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
+        if hello.regions != regions:
+            raise RefusedError(_difference(hello.regions, regions))
+        if hello.epoch > self.epoch:
+            raise RefusedError(f"epoch {hello.epoch} is in the future (now is {self.epoch}): sent by the source")
+        if 0 < hello.epoch < self.epoch:
+            raise RefusedError(f"epoch {hello.epoch} is over (now is {self.epoch}): another source took its place")
+        if self.session and hello.epoch == 0:
+            # A source that died without a word is found out by its silence; only then may another take its place.
+            with trio.move_on_after(self.settings.dead_after + self.settings.heartbeat):
+                await self.session.over.wait()
+                return
+            raise RefusedError(
+                f"migration {self.name} has a source already: {self.session.control.messages.address}"
+            )
+
+    async def _watch_events(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.destination.event_fd)
+            events = self.destination.events()
+            if events.complete:
+                await self._complete()
+            elif events.vmm_gone:
+                log.warning("the VMM is gone", extra={"migration": self.name})
+                self.end(Phase.ABANDONED)
+            if events.stuck:
+                self._stuck(events.problem)
+            if events.urgent_down and self.session:
+                self.session.urgent_ended(events.problem)
+
+    async def _complete(self) -> None:
+        self.memory.unregister()
+        if self.session:
+            await self.session.finish()
+        self.end(Phase.COMPLETE)
+        log.info("complete, %d pages", self.memory.pages, extra={"migration": self.name})
+
+    def _stuck(self, problem: GmemdError) -> None:
+        self.report.stuck = str(problem)
+        log.error("%s", problem, extra={"migration": self.name, "once": (self.name, str(problem)), "every": 60.0})
+
+    async def _retry_what_is_stuck(self) -> None:
+        while True:
+            await trio.sleep(RETRY_SECONDS)
+            if self.report.stuck:
+                self.report.stuck = None
+                self.pager.ask(self.destination)
+
+
+def _difference(theirs: list[list[int]], ours: list[list[int]]) -> str:
+    """The first thing in which the source's guest memory differs from the VMM's."""
+    for index, (their, our) in enumerate(zip(theirs, ours, strict=False)):
+        for name, a, b in zip(("gpa", "pages", "page shift"), their, our, strict=True):
+            if a != b:
+                return f"region {index}: {name} {a} at the source, {b} at the VMM here"
+    return f"{len(theirs)} regions at the source, {len(ours)} at the VMM here"

@@ -1,0 +1,131 @@
+"""Connections: the control lane as a stream of messages, and what all lanes share."""
+
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+import trio
+
+from gmemd.errors import LinkError, ProtocolError
+from gmemd.migrate import wire
+from gmemd.migrate.state import Conversation, Role
+
+M = TypeVar("M", bound=wire.Message)
+
+READ_BYTES = 64 * 1024
+KIND_BEAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """Times in seconds: between signs of life, of silence after which a lane is dead, for a hand-shake. `poll_us`: the longest
+    poll before a sleep on the urgent lane, in µs."""
+
+    heartbeat: float = 0.3
+    dead_after: float = 1.0
+    handshake_timeout: float = 10.0
+    checksum: bool = True
+    poll_us: int = 50
+
+
+# A beat in the form that page lanes take (gmemd/native/frame.h), without a checksum, which a beat need not have.
+LANE_BEAT = struct.pack("<HBBHHQIIII", 0x4D47, KIND_BEAT, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def tune(lane: trio.socket.SocketType) -> None:
+    """Small messages go at once."""
+    lane.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class MessageStream:
+    """One connection as messages. Every way that the connection can end raises LinkError, every wrong byte ProtocolError."""
+
+    def __init__(self, stream: trio.SocketStream, peer: Role, address: str) -> None:
+        self.stream = stream
+        self.address = address
+        self.heard = time.monotonic()
+        self._decoder = wire.Decoder(peer.value)
+        self._sending = trio.Lock()
+        self._preamble = wire.preamble()
+
+    async def send(self, message: wire.Message) -> None:
+        """Sends one message, the first behind the preamble."""
+        data = wire.encode(message)
+        async with self._sending:
+            preamble, self._preamble = self._preamble, b""
+            try:
+                await self.stream.send_all(preamble + data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise self._broken(error) from None
+
+    async def receive(self) -> wire.Message:
+        """The next message."""
+        while (message := self._decoder.next_message_untrusted()) is None:
+            try:
+                data = await self.stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise self._broken(error) from None
+            if not data:
+                where = " in the middle of a message" if self._decoder.pending else ""
+                raise LinkError(f"{self.address}: connection closed{where}")
+            self.heard = time.monotonic()
+            self._decoder.receive(data)
+        return message
+
+    def _broken(self, error: Exception) -> LinkError:
+        return LinkError(f"{self.address}: {error.__cause__ or error}")
+
+    def take_socket(self) -> trio.socket.SocketType:
+        """The socket, for frames from now on."""
+        return self.stream.socket
+
+
+class ControlLane:
+    """A control lane, held to the conversation at both ends."""
+
+    def __init__(self, messages: MessageStream, role: Role) -> None:
+        self.messages = messages
+        self.conversation = Conversation()
+        self._role = role
+        self._peer = Role.DESTINATION if role is Role.SOURCE else Role.SOURCE
+
+    async def send(self, message: wire.Message) -> None:
+        self.conversation.step(self._role, message)
+        await self.messages.send(message)
+
+    async def receive(self) -> wire.Message:
+        message = await self.messages.receive()
+        self.conversation.step(self._peer, message)
+        return message
+
+    def take(self, message: wire.Message) -> None:
+        """Follows a message of the peer's that was received elsewhere."""
+        self.conversation.step(self._peer, message)
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the peer was last heard."""
+        return time.monotonic() - self.messages.heard
+
+
+async def connect(host: str, port: int, timeout: float) -> MessageStream:
+    """Connects to a destination."""
+    address = f"{host}:{port}"
+    try:
+        with trio.fail_after(timeout):
+            stream = await trio.open_tcp_stream(host, port)
+    except (OSError, trio.TooSlowError) as error:
+        raise LinkError(f"{address}: cannot connect: {error or 'timed out'}") from None
+    tune(stream.socket)
+    return MessageStream(stream, Role.DESTINATION, address)
+
+
+def expect(message: wire.Message, kind: type[M], peer: Role) -> M:
+    """The message, if it is what it has to be."""
+    if not isinstance(message, kind):
+        raise ProtocolError(
+            f"control lane: {wire.NAMES[type(message)]} in place of {wire.NAMES[kind]}: sent by the {peer.value}"
+        )
+    return message

@@ -1,0 +1,215 @@
+"""One migration at its source: connects, sends, and connects again until the destination has everything."""
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from gmemd.errors import GmemdError, LinkError, ProtocolError, RefusedError
+from gmemd.migrate import runs, wire
+from gmemd.migrate.link import ControlLane, LinkSettings, connect, expect
+from gmemd.migrate.pagelanes import PageLanes
+from gmemd.migrate.state import Role
+from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.native.memory import Memory
+from gmemd.native.source import Source
+
+log = logging.getLogger(__name__)
+
+# Between two attempts to connect: at once, then longer, up to this, and not all sources of a host at the same moment.
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 2.0
+JITTER = 0.5
+
+
+class Guest(Protocol):
+    """The VMM that the memory is from."""
+
+    async def pause(self) -> bytes:
+        """Stops the guest, if it still runs, and returns the VMM's own state (possibly b"")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where to send: an address, the migration's name there, and over how many background lanes."""
+
+    host: str
+    port: int
+    migration: str
+    lanes: int = 1
+
+
+@dataclass(slots=True)
+class Progress:
+    """What there is to tell while it goes on. Times of CLOCK_MONOTONIC in seconds."""
+
+    phase: str = "connecting"
+    started: float = field(default_factory=time.monotonic)
+    switched: float | None = None
+    completed: float | None = None
+    recoveries: int = 0
+    trouble: str | None = None
+
+
+class OutgoingMigration:
+    """Sends the memory of one guest. The descriptors stay the caller's."""
+
+    def __init__(self, to: Destination, memory: Memory, guest: Guest, settings: LinkSettings, seed: int = 0) -> None:
+        self.to = to
+        self.memory = memory
+        self.guest = guest
+        self.settings = settings
+        self.source = Source(memory)
+        self.progress = Progress()
+        self.epoch = 0
+        self._random = random.Random(seed)
+        self._state: bytes | None = None
+
+    @property
+    def switched(self) -> bool:
+        """Whether the guest has left, so that it must not run here any more."""
+        return self.progress.switched is not None
+
+    async def run(self, patience: float | None = None) -> None:
+        """Sends until the destination has everything. `patience`: seconds to go on trying without a connection before
+        the guest has left, None for ever; after it has left, we try for ever."""
+        pause = 0.0
+        lost = time.monotonic()
+        while True:
+            try:
+                await self._session()
+                return
+            except LinkError as error:
+                if self.progress.phase not in ("connecting", "reconnecting"):
+                    lost, pause = time.monotonic(), 0.0
+                    self.progress.recoveries += 1
+                self._note(error)
+                if patience is not None and not self.switched and time.monotonic() - lost > patience:
+                    raise
+            self.progress.phase = "reconnecting" if self.epoch else "connecting"
+            await trio.sleep(pause * (1 + JITTER * self._random.random()))
+            pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
+
+    def close(self) -> None:
+        """Frees what is native."""
+        self.source.close()
+        self.memory.close()
+
+    def _note(self, error: GmemdError) -> None:
+        if self.progress.trouble != str(error):
+            log.info("%s", error)
+        self.progress.trouble = str(error)
+
+    async def _session(self) -> None:
+        """One session, until the destination has everything; LinkError when it is worth another."""
+        messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout)
+        async with messages.stream:
+            control = ControlLane(messages, Role.SOURCE)
+            welcome = await self._greet(control)
+            self.epoch = welcome.epoch
+            self.progress.phase = "joining"
+            self.progress.trouble = None
+            await _Session(self, control, welcome).run()
+            self.progress.phase = "complete"
+            self.progress.completed = time.monotonic()
+
+    async def _greet(self, control: ControlLane) -> wire.Welcome:
+        regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
+        hello = wire.Hello(self.to.migration, self.epoch, self.to.lanes, self.settings.checksum, regions)
+        await control.send(hello)
+        while True:
+            with trio.move_on_after(self.settings.handshake_timeout):
+                message = await control.receive()
+                if isinstance(message, wire.Waiting):
+                    self.progress.phase = "waiting for the VMM there"
+                    continue
+                if isinstance(message, wire.Refused | wire.Failed):
+                    raise RefusedError(f"{control.messages.address}: refused: {message.why}")
+                return expect(message, wire.Welcome, Role.DESTINATION)
+            raise LinkError(f"{control.messages.address}: no answer to our hello")
+
+    async def state(self) -> bytes:
+        """Stops the guest, once."""
+        if self._state is None:
+            self._state = await self.guest.pause()
+        return self._state
+
+
+class _Session:
+    """The source's end of one session."""
+
+    def __init__(self, migration: OutgoingMigration, control: ControlLane, welcome: wire.Welcome) -> None:
+        self.migration = migration
+        self.control = control
+        self.lanes = PageLanes(migration.source, migration.to, welcome, migration.settings)
+        self._received: list[tuple[int, int, int]] = []
+
+    async def run(self) -> None:
+        """Returns when the destination has everything."""
+        async with open_tasks() as tasks:
+            tasks.start(self._beat)
+            tasks.start(self.lanes.run)
+            await self._listen(tasks)
+            tasks.stop()
+
+    async def _listen(self, tasks: Tasks) -> None:
+        while True:
+            message = await self.control.receive()
+            if isinstance(message, wire.Received):
+                self._take_received(message)
+            elif isinstance(message, wire.Go):
+                tasks.start(self._send_all)
+            elif isinstance(message, wire.Complete):
+                return
+            elif isinstance(message, wire.Failed):
+                raise RefusedError(f"{self.control.messages.address}: given up: {message.why}")
+
+    def _take_received(self, message: wire.Received) -> None:
+        regions = self.migration.memory.regions
+        if message.region >= len(regions):
+            raise ProtocolError(
+                f"control lane: received pages in region {message.region} of {len(regions)}: sent by the destination"
+            )
+        some = runs.decode_untrusted(message.start, message.runs, regions[message.region].pages)
+        self._received += [(message.region, first, pages) for first, pages in some]
+
+    async def _send_all(self) -> None:
+        """From a Go on: the guest if it has not left, then what is zero, then the rest."""
+        migration = self.migration
+        source = migration.source
+        received, self._received = self._received, []
+        source.restart()
+        for region, first, pages in received:
+            source.skip(region, first, pages)
+        if not self.control.conversation.switched:
+            await self._switch()
+        migration.progress.phase = "sending"
+        migration.progress.switched = migration.progress.switched or time.monotonic()
+        for region in range(len(migration.memory.regions)):
+            for some in source.holes(region):
+                for start, code in runs.encode(some):
+                    await self.control.send(wire.Zero(region, start, code))
+        await self.lanes.push()
+        migration.progress.phase = "sent"
+        await self.control.send(wire.Pushed())
+
+    async def _switch(self) -> None:
+        state = await self.migration.state()
+        for at in range(0, len(state), wire.STATE_PIECE):
+            await self.control.send(wire.State(state[at : at + wire.STATE_PIECE]))
+        # From the moment the destination may have this, the guest may run there, and must not here.
+        self.migration.progress.switched = time.monotonic()
+        await self.control.send(wire.Switch(len(state)))
+
+    async def _beat(self) -> None:
+        settings = self.migration.settings
+        while True:
+            await trio.sleep(settings.heartbeat)
+            with trio.move_on_after(settings.dead_after) as scope:
+                await self.control.send(wire.Beat())
+            if scope.cancelled_caught or self.control.silent_for > settings.dead_after:
+                raise LinkError(f"{self.control.messages.address}: silent for {self.control.silent_for:.1f} s")
+            await self.lanes.beat()

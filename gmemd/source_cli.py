@@ -1,0 +1,111 @@
+"""`gmemd-source`: sends a guest's memory to a destination."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from gmemd import __version__, cli, config, log
+from gmemd.errors import GmemdError, UsageError
+from gmemd.migrate.link import LinkSettings
+from gmemd.migrate.source import Destination, OutgoingMigration
+from gmemd.migrate.wire import MAX_LANES, valid_id
+from gmemd.progress import show_progress
+from gmemd.sending import FileGuest, SendingGuest, VmmGuest
+
+DEFAULT_LANES = 2  # the second keeps a second core of the source busy
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    top = cli.Parser(
+        prog="gmemd-source",
+        description="Sends a guest's memory to the host where it goes on running: from a VMM that hands its memory over, "
+        "or from a file that holds it (a snapshot, /proc/PID/fd/N).",
+    )
+    top.add_argument("destination", metavar="HOST:PORT", help="where gmemd serves; the port defaults to 7575")
+    top.add_argument("--migration", required=True, metavar="ID", help="the name that the VMM there uses, too")
+    what = top.add_mutually_exclusive_group(required=True)
+    what.add_argument("--vmm", type=Path, metavar="SOCKET", help="the VMM's hand-off socket")
+    what.add_argument("--file", type=Path, metavar="PATH", help="a memory file, whole, as one region")
+    top.add_argument("--gpa", type=lambda text: int(text, 0), default=0, help="guest physical address of --file (0)")
+    top.add_argument("--lanes", type=int, default=DEFAULT_LANES, help=f"background connections ({DEFAULT_LANES})")
+    top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
+    top.add_argument("--poll-us", type=int, default=50, help="poll this long before sleeping, in µs (50; 0 never)")
+    top.add_argument("--patience", type=float, metavar="SECONDS", help="give up after so long without a connection, "
+                     "as long as the guest has not left (default: never)")
+    top.add_argument("--json", action="store_true", help="one JSON object at the end")
+    top.add_argument("--version", action="version", version=f"gmemd-source {__version__}")
+    top.add_argument("-v", "--verbose", action="store_true", help="tell what the connections do")
+    return top
+
+
+def _to(options: argparse.Namespace) -> Destination:
+    text = options.destination
+    try:
+        host, port = config.parse_address(text if text.rpartition(":")[1] and text[-1] != "]" else f"{text}:7575")
+    except ValueError as error:
+        raise UsageError(f"{text}: {error}") from None
+    if not valid_id(options.migration):
+        raise UsageError(f"--migration {options.migration!r}: 1 to 63 of letters, digits and -_.:")
+    if not 1 <= options.lanes <= MAX_LANES:
+        raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
+    if not 0 <= options.poll_us <= 1000:
+        raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
+    return Destination(host, port, options.migration, options.lanes)
+
+
+async def _send(options: argparse.Namespace) -> dict[str, Any]:
+    to = _to(options)
+    settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us)
+    guest: SendingGuest
+    async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
+        migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)
+        try:
+            async with trio.open_nursery() as nursery:
+                if sys.stderr.isatty() and not options.json:
+                    nursery.start_soon(show_progress, migration)
+                await migration.run(options.patience)
+                nursery.cancel_scope.cancel()
+            await guest.done()
+            return _summary(migration)
+        except* GmemdError as group:
+            await guest.failed(str(group.exceptions[0]), resume=not migration.switched)
+            raise
+        finally:
+            migration.close()
+
+
+def _summary(migration: OutgoingMigration) -> dict[str, Any]:
+    progress = migration.progress
+    return {
+        "ok": True,
+        "migration": migration.to.migration,
+        "memory_bytes": migration.memory.size,
+        "pages": migration.memory.pages,
+        "duration_us": round(((progress.completed or time.monotonic()) - progress.started) * 1e6),
+        "recoveries": progress.recoveries,
+        **migration.source.counters(),
+    }
+
+
+def send(options: argparse.Namespace) -> int:
+    log.set_up(logging.INFO if options.verbose else logging.WARNING)
+    summary = trio.run(_send, options)
+    if options.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console script."""
+    return cli.run(parser(), send, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

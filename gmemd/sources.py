@@ -1,0 +1,91 @@
+"""The daemon's side of a connection from a source, until the migration that it belongs to takes it over."""
+
+import logging
+
+import trio
+
+from gmemd.errors import LinkError, ProtocolError, RefusedError
+from gmemd.migrate import wire
+from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, tune
+from gmemd.migrate.state import Phase, Role
+from gmemd.registry import Registry
+
+log = logging.getLogger(__name__)
+
+
+class SourceConnections:
+    """Accepts sources. At most `limit` connections at a time are in hand-shake or are control lanes."""
+
+    def __init__(self, registry: Registry, settings: LinkSettings, limit: int) -> None:
+        self.registry = registry
+        self.settings = settings
+        self._places = trio.CapacityLimiter(limit)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """One connection."""
+        peer = stream.socket.getpeername()
+        address = f"{peer[0]}:{peer[1]}"
+        try:
+            self._places.acquire_on_behalf_of_nowait(stream)
+        except trio.WouldBlock:
+            log.warning("%s: too many connections", address, extra={"once": "places", "every": 10.0})
+            await trio.aclose_forcefully(stream)
+            return
+        tune(stream.socket)
+        messages = MessageStream(stream, Role.SOURCE, address)
+        try:
+            taken = await self._shake_hands(messages)
+        except (RefusedError, ProtocolError) as error:
+            taken = False
+            log.warning("%s: refused: %s", address, error)
+            await self._tell(messages, wire.Refused(str(error)[: wire.MAX_TEXT]))
+        except LinkError as error:
+            taken = False
+            log.info("%s", error)
+        finally:
+            self._places.release_on_behalf_of(stream)
+        if not taken:
+            await trio.aclose_forcefully(stream)
+
+    async def _shake_hands(self, messages: MessageStream) -> bool:
+        """Returns whether somebody else owns the connection now."""
+        first = None
+        with trio.move_on_after(self.settings.handshake_timeout):
+            first = await messages.receive()
+        if first is None:
+            raise LinkError(f"{messages.address}: no hello in {self.settings.handshake_timeout:.1f} s")
+        if isinstance(first, wire.LaneHello):
+            migration = self.registry.get(first.migration)
+            if migration is None:
+                raise RefusedError(f"lane {first.lane}: no migration {first.migration} here")
+            await migration.attach(first, messages)
+            return True
+        if not isinstance(first, wire.Hello):
+            raise ProtocolError(f"a connection cannot begin with {wire.NAMES[type(first)]}: sent by the source")
+        await self._converse(messages, first)
+        return False
+
+    async def _converse(self, messages: MessageStream, hello: wire.Hello) -> None:
+        """A control lane: until its source goes, or the migration ends."""
+        control = ControlLane(messages, Role.DESTINATION)
+        control.take(hello)
+        migration = self.registry.get(hello.migration)
+        while migration is None:
+            with trio.move_on_after(self.settings.heartbeat):
+                migration = await self.registry.arrival(hello.migration)
+                break
+            await control.send(wire.Waiting())
+        try:
+            await migration.serve_source(control, hello)
+        except (RefusedError, ProtocolError) as error:
+            if control.conversation.phase is Phase.GREETED:
+                raise
+            log.warning("%s: %s", messages.address, error, extra={"migration": hello.migration})
+            await self._tell(messages, wire.Failed(str(error)[: wire.MAX_TEXT]))
+
+    async def _tell(self, messages: MessageStream, message: wire.Message) -> None:
+        with trio.move_on_after(self.settings.dead_after):
+            try:
+                await messages.send(message)
+            except LinkError as error:
+                log.info("%s", error)

@@ -1,0 +1,123 @@
+"""What runs here: told by the daemon on its status socket, asked by `gmemd status`.
+
+A request is one line of JSON, the answer another.
+"""
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from gmemd.errors import DataError, UnavailableError
+from gmemd.migrate.destination import IncomingMigration, Phase
+from gmemd.registry import Registry
+
+MAX_REQUEST = 4096
+MAX_ANSWER = 16 << 20
+TIMEOUT = 5.0
+# Waits that are told one by one; the rest are counted.
+WAITS_TOLD = 32
+
+
+def one_line(registry: Registry) -> str:
+    """For systemctl status."""
+    running = [m for m in registry if m.phase is Phase.RUNNING]
+    missing = sum(m.memory.pages - m.memory.received for m in running)
+    stuck = sum(m.report.stuck is not None for m in running)
+    text = f"{len(list(registry))} migrations, {len(running)} running, {missing} pages missing"
+    return f"{text}, {stuck} stuck" if stuck else text
+
+
+def snapshot(migration: IncomingMigration) -> dict[str, Any]:
+    """One migration. Times end in `_us` or `_s`, sizes are bytes."""
+    now_ns = time.monotonic_ns()
+    report = migration.report
+    memory = migration.memory
+    waits = migration.destination.waits()
+    end = report.completed or time.monotonic()
+    return {
+        "migration": migration.name,
+        "phase": migration.phase.value,
+        "trap": migration.trap,
+        "populate": sorted({how.value for how in memory.populate.values()}),
+        "memory_bytes": memory.size,
+        "pages": memory.pages,
+        "pages_received": memory.received,
+        "running_s": round(end - report.switched, 3) if report.switched else 0.0,
+        "epoch": migration.epoch,
+        "lanes": sorted(migration.session.lanes) if migration.session else [],
+        "recoveries": report.recoveries,
+        "stuck": report.stuck,
+        "link": report.link,
+        "fault_latency_us": migration.destination.latency_us(),
+        "waits": [
+            {"region": w.region, "page": w.page, "thread": w.thread, "for_us": (now_ns - w.since_ns) // 1000}
+            for w in waits[:WAITS_TOLD]
+        ],
+        "counters": migration.destination.counters(),
+    }
+
+
+async def serve(stream: trio.SocketStream, registry: Registry) -> None:
+    """Answers one request."""
+    async with stream:
+        with trio.move_on_after(TIMEOUT):
+            try:
+                request = await _line(stream)
+                answer = json.dumps(_answer(request, registry)) + "\n"
+                await stream.send_all(answer.encode())
+            except trio.BrokenResourceError:
+                return
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MAX_REQUEST:
+        data = await stream.receive_some(MAX_REQUEST)
+        if not data:
+            break
+        line += data
+    return line
+
+
+def _answer(request: bytes, registry: Registry) -> dict[str, Any]:
+    try:
+        asked = json.loads(request)
+        command = asked["command"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {"error": "not a request"}
+    if command == "status":
+        return {"migrations": [snapshot(migration) for migration in registry]}
+    if command == "abandon":
+        return _abandon(asked.get("migration"), registry)
+    return {"error": f"no such command: {command!r:.40}"}
+
+
+def _abandon(name: object, registry: Registry) -> dict[str, Any]:
+    migration = registry.get(name) if isinstance(name, str) else None
+    if migration is None:
+        return {"error": f"no migration {name!r:.80} here"}
+    migration.report.link = "given up by an operator"
+    migration.end(Phase.ABANDONED)
+    return {"abandoned": name, "pages_missing": migration.memory.pages - migration.memory.received}
+
+
+def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Asks the daemon whose status socket this is."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(TIMEOUT)
+            sock.connect(str(path))
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            with sock.makefile("rb") as file:
+                answer = json.loads(file.read(MAX_ANSWER))
+    except OSError as error:
+        raise UnavailableError(f"{path}: no daemon answers: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not an answer of gmemd: {error}") from None
+    if "error" in answer:
+        raise UnavailableError(answer["error"])
+    return dict(answer)

@@ -1,0 +1,177 @@
+"""The daemon's side of a VMM that receives: from its hand-off until it needs us no more."""
+
+import logging
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+import trio
+
+from gmemd import guestmemory, handoff
+from gmemd.config import Config
+from gmemd.errors import GmemdError, HandoffError
+from gmemd.handoff import Descriptors, Handoff
+from gmemd.migrate.destination import IncomingMigration, Phase
+from gmemd.migrate.link import LinkSettings
+from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.native.destination import Pager
+from gmemd.native.memory import Memory
+from gmemd.populate import Chooser
+from gmemd.registry import Registry
+
+log = logging.getLogger(__name__)
+
+SO_PEERPIDFD = 77  # since Linux 6.5; the socket module does not name it yet
+UCRED = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all migrations of a daemon share."""
+
+    config: Config
+    settings: LinkSettings
+    registry: Registry
+    pager: Pager
+    chooser: Chooser
+    lane_threads: trio.CapacityLimiter
+
+
+class VmmConnection:
+    """One VMM that has connected."""
+
+    def __init__(self, shared: Shared, sock: trio.socket.SocketType) -> None:
+        self.shared = shared
+        self.sock = sock
+
+    async def serve(self) -> None:
+        """Takes the hand-off and stays until the migration is over. Whatever is wrong, the VMM is told."""
+        descriptors = Descriptors()
+        try:
+            with trio.fail_after(self.shared.config.network.handshake_timeout):
+                data, descriptors = await handoff.receive(self.sock)
+            if data:
+                asked = handoff.receive_untrusted(handoff.parse_untrusted(data), len(descriptors.fds))
+                with self.shared.registry.reserved(asked.migration):
+                    await self._receive(asked, descriptors.fds)
+        except GmemdError as error:
+            log.warning("VMM refused: %s", error)
+            await self._tell({"error": str(error)})
+        except trio.TooSlowError:
+            await self._tell({"error": "no hand-off came in time"})
+        except OSError as error:
+            log.info("VMM: %s", error)
+        finally:
+            descriptors.close()
+
+    async def _receive(self, asked: Handoff, fds: list[int]) -> None:
+        migration = await trio.to_thread.run_sync(self._prepare, asked, fds)
+        process = _pidfd(self.sock)
+        try:
+            migration.start()
+            await self.shared.registry.add(migration)
+            log.info(
+                "waits for its source: %d bytes in %d regions",
+                migration.memory.size,
+                len(asked.regions),
+                extra={"migration": asked.migration},
+            )
+            async with open_tasks() as tasks:
+                tasks.start(migration.run)
+                tasks.start(self._watch_process, process, migration)
+                tasks.start(self._listen, migration)
+                if directory := self.shared.config.trace.directory:
+                    tasks.start(record, migration, directory, self.shared.config.trace.max_bytes)
+                await self._speak(migration, tasks)
+        finally:
+            os.close(process)
+            with trio.CancelScope(shield=True):
+                await migration.close()
+
+    def _prepare(self, asked: Handoff, fds: list[int]) -> IncomingMigration:
+        """Checks what was handed over and makes the migration. Off the event loop: a large file takes a while to look at."""
+        config = self.shared.config
+        if len(asked.regions) > config.limits.regions:
+            raise HandoffError(f"{len(asked.regions)} regions (this daemon takes {config.limits.regions}): sent by the VMM")
+        guestmemory.check_received(asked.regions, fds, config.limits.memory)
+        memory = Memory(asked.migration, asked.regions, fds, fds)
+        try:
+            for index, region in enumerate(asked.regions):
+                memory.set_populate(index, self.shared.chooser.choose(fds[region.file]))
+        except GmemdError:
+            memory.close()
+            raise
+        return IncomingMigration(
+            asked.migration,
+            memory,
+            self.shared.pager,
+            self.shared.settings,
+            self.shared.lane_threads,
+            state_limit=config.limits.state,
+            trace=config.trace.directory is not None,
+        )
+
+    async def _speak(self, migration: IncomingMigration, tasks: Tasks) -> None:
+        """Tells the VMM when its guest may run, and when the migration is over."""
+        await migration.ready.wait()
+        if migration.state is not None:
+            with handoff.memory_file("gmemd-vmm-state", migration.state) as fd:
+                migration.state = None
+                await self._tell(
+                    {"ready": True, "state": 0, "trap": migration.trap, "populate": _populate(migration)}, [fd]
+                )
+        await migration.ended.wait()
+        if migration.phase is Phase.COMPLETE:
+            await self._tell({"done": True, "pages": migration.memory.pages})
+        else:
+            await self._tell({"abandoned": migration.report.stuck or migration.report.link or "given up"})
+        tasks.stop()
+
+    async def _listen(self, migration: IncomingMigration) -> None:
+        """What the VMM says later. That it closes its socket says nothing: its process may live on."""
+        while True:
+            try:
+                data, descriptors = await handoff.receive(self.sock)
+            except (OSError, HandoffError) as error:
+                log.info("VMM: %s", error, extra={"migration": migration.name})
+                return
+            descriptors.close()
+            if not data:
+                return
+            try:
+                await self._discard(migration, handoff.parse_untrusted(data).get("discard"))
+            except GmemdError as error:
+                await self._tell({"error": str(error)})
+
+    async def _discard(self, migration: IncomingMigration, ranges: object) -> None:
+        for region, first, pages in handoff.ranges_untrusted(ranges, migration.memory.regions):
+            migration.destination.discard(region, first, pages)
+        await self._tell({"discarded": True})
+
+    async def _watch_process(self, pidfd: int, migration: IncomingMigration) -> None:
+        await trio.lowlevel.wait_readable(pidfd)
+        if not migration.ended.is_set():
+            log.warning("the VMM has died", extra={"migration": migration.name})
+            migration.report.link = "the VMM has died"
+            migration.end(Phase.ABANDONED)
+
+    async def _tell(self, message: dict[str, object], fds: list[int] | None = None) -> None:
+        try:
+            await handoff.send(self.sock, message, fds or ())
+        except OSError as error:
+            log.info("VMM cannot be told %s: %s", message, error)
+
+
+def _populate(migration: IncomingMigration) -> str:
+    """The ways in which this guest's pages get their content, as one word if there is one."""
+    return "+".join(sorted({how.value for how in migration.memory.populate.values()}))
+
+
+def _pidfd(sock: trio.socket.SocketType) -> int:
+    """A descriptor of the peer's process, which a successor to its number cannot be mistaken for."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError:
+        pid, _, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        return os.pidfd_open(pid)

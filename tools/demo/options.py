@@ -1,0 +1,20 @@
+"""The options of `gmemd demo`."""
+
+import argparse
+
+PATTERNS = ("sequential", "random", "strided", "hotset")
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """Adds them to a command."""
+    command.add_argument("--memory", default="1G", metavar="SIZE", help="guest memory (1G)")
+    command.add_argument("--vcpus", type=int, default=2, metavar="N", help="1 to 8 (2)")
+    command.add_argument("--regions", type=int, default=1, metavar="N", help="pieces that guest memory is cut into (1)")
+    command.add_argument("--backing", choices=("memfd", "hugetlb", "guest_memfd", "mixed"), default="memfd")
+    command.add_argument("--pattern", choices=PATTERNS, default="random", help="how the guest picks pages (random)")
+    command.add_argument("--lanes", type=int, default=2, metavar="N", help="background connections (2)")
+    command.add_argument("--populate", choices=("auto", "write", "recv", "copy"), default="auto")
+    command.add_argument("--guest", choices=("auto", "kvm", "threads"), default="auto")
+    command.add_argument("--trace", metavar="DIR", help="record the guest's faults there")
+    command.add_argument("--seed", type=int, default=1, metavar="N")
+    command.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
