@@ -58,6 +58,7 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT."""
         listeners = self._listeners()
+        self.registry.listen = _name(listeners[1][0])
         async with trio.open_nursery() as outer:
             outer.start_soon(self._run_pager)
             try:
@@ -66,7 +67,7 @@ class Daemon:
                         self._connections.start_soon(self._accept, listener, serve)
                     self._connections.start_soon(self._tell_status)
                     self.notifier.ready()
-                    log.info("ready, sources come to %s", _name(listeners[1][0]))
+                    log.info("ready, sources come to %s", self.registry.listen)
                     await self._wait_for_signal()
                     self._connections.cancel_scope.cancel()
             finally:

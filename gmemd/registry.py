@@ -1,12 +1,17 @@
 """The migrations of a daemon by name, and those who wait for one."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import trio
 
 from gmemd.errors import HandoffError
 from gmemd.migrate.destination import IncomingMigration
+
+# Migrations that are remembered after their end, for an operator who asks how it went.
+FINISHED = 16
 
 
 class Registry:
@@ -14,6 +19,8 @@ class Registry:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.listen = ""  # where sources come to
+        self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED)  # what there was to tell of the latest
         self._names: set[str] = set()
         self._migrations: dict[str, IncomingMigration] = {}
         self._arrivals = trio.Condition()

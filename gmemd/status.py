@@ -90,7 +90,11 @@ def _answer(request: bytes, registry: Registry) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return {"error": "not a request"}
     if command == "status":
-        return {"migrations": [snapshot(migration) for migration in registry]}
+        return {
+            "listen": registry.listen,
+            "migrations": [snapshot(migration) for migration in registry],
+            "finished": list(registry.finished),
+        }
     if command == "abandon":
         return _abandon(asked.get("migration"), registry)
     return {"error": f"no such command: {command!r:.40}"}

@@ -1,5 +1,6 @@
 """The daemon's side of a VMM that receives: from its hand-off until it needs us no more."""
 
+import errno
 import logging
 import os
 import socket
@@ -10,15 +11,17 @@ import trio
 
 from gmemd import guestmemory, handoff
 from gmemd.config import Config
-from gmemd.errors import GmemdError, HandoffError
+from gmemd.errors import GmemdError, HandoffError, KernelError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.native import lib
 from gmemd.native.destination import Pager
 from gmemd.native.memory import Memory
 from gmemd.populate import Chooser
 from gmemd.registry import Registry
+from gmemd.status import snapshot
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class VmmConnection:
         migration = await trio.to_thread.run_sync(self._prepare, asked, fds)
         process = _pidfd(self.sock)
         try:
-            migration.start()
+            _start(migration, [guestmemory.kind_of(fds[region.file])[0] for region in asked.regions])
             await self.shared.registry.add(migration)
             log.info(
                 "waits for its source: %d bytes in %d regions",
@@ -86,6 +89,7 @@ class VmmConnection:
                 await self._speak(migration, tasks)
         finally:
             os.close(process)
+            self.shared.registry.finished.append(snapshot(migration))
             with trio.CancelScope(shield=True):
                 await migration.close()
 
@@ -161,6 +165,19 @@ class VmmConnection:
             await handoff.send(self.sock, message, fds or ())
         except OSError as error:
             log.info("VMM cannot be told %s: %s", message, error)
+
+
+def _start(migration: IncomingMigration, kinds: list[int]) -> None:
+    """Registers the memory; where guest_memfd is what the kernel does not take, says so."""
+    try:
+        migration.start()
+    except KernelError as error:
+        if error.errno == errno.EINVAL and lib.GM_GUEST_MEMFD in kinds:
+            raise UnavailableError(
+                f"this kernel does not let userfaultfd handle guest_memfd ({error}): run the guest on memfd, "
+                "or run a kernel that has it (`make lab-kernel` builds one); `gmemd doctor` tells what this one can do"
+            ) from None
+        raise
 
 
 def _populate(migration: IncomingMigration) -> str:

@@ -97,7 +97,7 @@ int gm_memfile_kind(int fd, uint64_t *page_size, struct gm_problem *ret)
     return fs.f_type == TMPFS_MAGIC ? GM_SHMEM : GM_FILE;
 }
 
-/* For files without SEEK_DATA: asks mincore() about a mapping, piece by piece. */
+/* guest_memfd knows no SEEK_DATA: asks mincore() about a mapping, piece by piece. */
 static int empty_by_mincore(int fd, uint64_t offset, uint64_t length)
 {
     enum { PIECE = 64 << 20 };
@@ -121,15 +121,28 @@ static int empty_by_mincore(int fd, uint64_t offset, uint64_t length)
     return present ? empty : -1;
 }
 
+/* hugetlbfs calls everything data, and counts its blocks; mincore() there sees only what this mapping has touched. */
+static int empty_by_blocks(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) < 0 ? -1 : st.st_blocks == 0;
+}
+
 int gm_memfile_empty(int fd, uint64_t offset, uint64_t length)
 {
+    struct gm_problem problem;
+    uint64_t page_size;
+    int kind = gm_memfile_kind(fd, &page_size, &problem);
     off_t data;
 
-    if (is_guest_memfd(fd))
+    if (kind == GM_GUEST_MEMFD)
         return empty_by_mincore(fd, offset, length);
+    if (kind == GM_HUGETLB)
+        return empty_by_blocks(fd);
     data = lseek(fd, (off_t)offset, SEEK_DATA);
     if (data < 0)
-        return errno == ENXIO ? 1 : empty_by_mincore(fd, offset, length);
+        return errno == ENXIO ? 1 : -1;
     return (uint64_t)data >= offset + length;
 }
 

@@ -174,7 +174,7 @@ int gm_memory_register(struct gm_memory *m, struct gm_problem *ret)
         int got = gm_uffd_register(r->uffd, r->hva, gm_bytes(r, r->pages), &why);
 
         if (got < 0)
-            return gm_blame(ret, (enum gm_blame)why.blame, 0, "region %u: %.200s", i, why.text);
+            return gm_blame_in(ret, &why, "region %u", i);
         modes &= got;
     }
     return modes;

@@ -22,4 +22,8 @@ struct gm_problem {
 int gm_blame(struct gm_problem *ret, enum gm_blame blame, int error, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
+/* The same problem, with the place that it was found in before it. */
+int gm_blame_in(struct gm_problem *ret, const struct gm_problem *why, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
 #endif
