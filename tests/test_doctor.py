@@ -245,6 +245,20 @@ def test_guest_memfd_write_is_told_as_the_kernel_does_it(report: dict[str, Any])
     assert check_of(report, "guest_memfd.populate_copy")["ok"] is True
 
 
+@pytest.mark.lab
+def test_what_the_proposed_patches_bring_is_found(report: dict[str, Any]) -> None:
+    try:
+        os.close(guest_memfd(list(FLAGS)))
+    except OSError as error:
+        pytest.skip(f"a kernel without them: {error.strerror}")
+    for name in ("guest_memfd", "guest_memfd_userfault", "guest_memfd_no_direct_map"):
+        backing = report["backings"][name]
+        assert (backing["ok"], backing["trap"], backing["populate"][0]) == (True, "missing+minor", "write")
+    assert check_of(report, "kvm.userfault")["ok"] is True
+    assert check_of(report, "guest_memfd_no_direct_map.populate_write")["value"] == "once"
+    assert check_of(report, "guest_memfd_no_direct_map.pin")["ok"] is False
+
+
 def test_userfaultfd_can_be_opened_where_it_says_so(report: dict[str, Any]) -> None:
     assert bool(check_of(report, "userfaultfd.device")["ok"]) == os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
 
