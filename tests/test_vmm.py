@@ -217,6 +217,17 @@ def test_a_guest_runs_while_its_pages_come_one_by_one(
     assert 0.05 < event["blocked_share"] <= 1
 
 
+def test_it_can_quit_while_its_vcpus_wait_for_pages(start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
+    moved = Guest(start, sockets, "--memory", "8M", "--vcpus", "2", "--guest", guest)
+    moved.pause()
+    with contextlib.closing(Pager(moved)) as pager:
+        pager.register()
+        moved.ready()
+        pager.answer(20)
+    moved.destination.command("quit")
+    assert moved.destination.end() == 0
+
+
 def test_under_sanitizers(start: Callable[..., Vmm], sockets: Sockets, guest: str, sanitized: Path) -> None:
     def start_sanitized(*arguments: object) -> Vmm:
         return start(*arguments, program=sanitized)

@@ -3,22 +3,18 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#include "json.h"
+#include "report.h"
 
 void fail(int exit_code, const char *format, ...)
 {
     char message[1024];
-    struct json event;
     va_list arguments;
 
     va_start(arguments, format);
     vsnprintf(message, sizeof(message), format, arguments);
     va_end(arguments);
 
-    json_begin(&event);
-    json_string(&event, "event", "error");
-    json_string(&event, "message", message);
-    json_print(&event);
+    report_message("error", message);
     _exit(exit_code); /* vCPU threads may still run: no handlers of theirs must go */
 }
 

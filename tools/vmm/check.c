@@ -1,10 +1,11 @@
 /*
- * Three comparisons. The low area with one that is built afresh, the ledger in it from the replay of all steps. Every
- * data page with the content that seed and replay say. And pages that did not change since the switch, byte for byte,
- * with the memory of the source.
+ * Three comparisons. The low area with one that is built afresh, the ledger in it from the replay
+ * of all steps. Every data page with the content that seed and replay say. And pages that did not
+ * change since the switch, byte for byte, with the memory of the source.
  *
- * Some places of the low area are the guest's own, and nobody can know them: the upper end of a stack, measurements.
- * They are taken as they are; the rest of the same page tells whether the page arrived.
+ * Some places of the low area are the guest's own, and nobody can know them: the upper end of a
+ * stack, measurements. They are taken as they are; the rest of the same page tells whether the
+ * page arrived.
  */
 #include "check.h"
 
@@ -32,7 +33,8 @@ struct checking {
     struct check result;
 };
 
-static void mark_wrong(struct checking *checking, uint64_t address, uint64_t expected, uint64_t found)
+static void mark_wrong(struct checking *checking, uint64_t address, uint64_t expected,
+                       uint64_t found)
 {
     uint8_t *wrong = &checking->wrong[address / GUEST_PAGE];
 
@@ -48,7 +50,8 @@ static void mark_wrong(struct checking *checking, uint64_t address, uint64_t exp
 /* Compares a page at a guest physical address, and marks it if it is wrong. */
 static bool compare_page(struct checking *checking, uint64_t address, const void *expected)
 {
-    const uint64_t *found = (const void *)(checking->machine->memory.base + address), *words = expected;
+    const uint64_t *found = (const void *)(checking->machine->memory.base + address);
+    const uint64_t *words = expected;
 
     if (memcmp(found, words, GUEST_PAGE) == 0)
         return true;
@@ -79,13 +82,14 @@ static void replay(struct checking *checking, const uint64_t *switched)
 }
 
 /*
- * The bits that a vCPU may have set: of shared pages, of pages that it wrote since the switch, and of the one that it
- * would have written next, had it not found a wrong byte there.
+ * The bits that a vCPU may have set: of shared pages, of pages that it wrote since the switch, and
+ * of the one that it would have written next, had it not found a wrong byte there.
  */
 static void keep_touched(const struct checking *checking, unsigned id, uint8_t *expected)
 {
     const struct guest_params *params = checking->params;
-    uint64_t start = params->touched + id * params->touched_size, owned = workload_owned(params, id);
+    uint64_t start = params->touched + id * params->touched_size;
+    uint64_t owned = workload_owned(params, id);
     uint64_t next = workload_choice(params, owned, id, machine_cpu(checking->machine, id)->steps);
     const uint64_t *found = (const void *)(checking->machine->memory.base + start);
     uint64_t *bits = (void *)(expected + start);
@@ -99,7 +103,8 @@ static void keep_touched(const struct checking *checking, unsigned id, uint8_t *
     }
 }
 
-static void keep(const struct checking *checking, uint8_t *expected, uint64_t address, uint64_t size)
+static void keep(const struct checking *checking, uint8_t *expected, uint64_t address,
+                 uint64_t size)
 {
     memcpy(expected + address, checking->machine->memory.base + address, size);
 }
@@ -143,7 +148,7 @@ static void check_data(struct checking *checking)
     }
 }
 
-/* A guest_memfd cannot be opened by its path in /proc; taking the descriptor itself works for every kind of file. */
+/* A guest_memfd cannot be opened by its path in /proc; its descriptor can be taken, as any can. */
 static int open_source_file(const char *path, uint64_t size)
 {
     CLEANUP_CLOSE int process = -1;
@@ -191,14 +196,14 @@ static void check_source(struct checking *checking, char *const *paths)
         check_region(checking, &memory->region[i], paths[memory->region[i].file]);
 }
 
-struct check check_memory(const struct machine *machine, const uint64_t *switched, char *const *paths,
-                          unsigned path_count)
+struct check check_memory(const struct machine *machine, const uint64_t *switched,
+                          char *const *paths, unsigned path_count)
 {
     struct checking checking = {.machine = machine, .params = &machine->params};
 
     if (path_count && (!switched || path_count != machine->memory.files))
-        fail(EX_USAGE, "verify: %u paths, the machine has %u memory files from a source", path_count,
-             switched ? machine->memory.files : 0);
+        fail(EX_USAGE, "verify: %u paths, the machine has %u memory files from a source",
+             path_count, switched ? machine->memory.files : 0);
     checking.wrong = allocate(machine->params.pages, 1);
     replay(&checking, switched);
     check_low(&checking);

@@ -14,10 +14,10 @@ struct check {
 };
 
 /*
- * `switched` has the step counters of the switch, or is NULL where the guest has always been here. `paths` are the
- * source's memory files, as many as the machine has, or none.
+ * `switched` has the step counters of the switch, or is NULL where the guest has always been here.
+ * `paths` are the source's memory files, as many as the machine has, or none.
  */
-struct check check_memory(const struct machine *machine, const uint64_t *switched, char *const *paths,
-                          unsigned path_count);
+struct check check_memory(const struct machine *machine, const uint64_t *switched,
+                          char *const *paths, unsigned path_count);
 
 #endif

@@ -1,6 +1,7 @@
 /*
- * The destination: hands its empty memory to the daemon, and runs the guest from "ready" on, while pages still arrive.
- * Nothing here may touch guest memory before "done": a touch would wait as a vCPU does.
+ * The destination: hands its empty memory to the daemon, and runs the guest from "ready" on, while
+ * pages still arrive. Nothing here may touch guest memory before "done": a touch would wait as a
+ * vCPU does.
  */
 #include <errno.h>
 #include <poll.h>
@@ -10,6 +11,7 @@
 #include "commands.h"
 #include "handoff.h"
 #include "json.h"
+#include "report.h"
 #include "sides.h"
 #include "state.h"
 #include "touches.h"
@@ -95,52 +97,42 @@ static void take_ready(struct destination *destination)
 static void take_done(struct destination *destination)
 {
     struct machine *machine = &destination->machine;
-    uint64_t blocked = touches_blocked(machine);
-    uint64_t duration = now_ns() - machine_started_ns(machine);
+    double ticks_per_us = clocks_ticks_per_us(destination->start, clocks_read());
+    double blocked_us = (double)touches_blocked(machine) / ticks_per_us;
+    uint64_t duration_us = (now_ns() - machine_started_ns(machine)) / 1000;
     struct json event;
 
     machine_measure(machine, false);
-    destination->arrival.ticks_per_us = clocks_ticks_per_us(destination->start, clocks_read());
-    destination->arrival.blocked_share = (double)blocked / destination->arrival.ticks_per_us * 1000 /
-                                         ((double)duration * machine->vcpus);
+    destination->arrival.ticks_per_us = ticks_per_us;
+    destination->arrival.blocked_share = blocked_us / (double)(duration_us * machine->vcpus);
     destination->done = true;
     close_cleanup(&destination->uffd);
     destination->uffd = -1;
     json_begin(&event);
     json_string(&event, "event", "done");
-    json_number(&event, "since_first_instruction_us", duration / 1000);
+    json_number(&event, "since_first_instruction_us", duration_us);
     json_print(&event);
 }
 
-/* What the daemon says after "done" no longer matters; the connection breaking before does not either. */
+/* The guest goes on: its pages may still come from a daemon that adopts it. */
 static void lose_daemon(struct destination *destination, const char *why)
 {
-    struct json event;
-
     if (!destination->running)
         fail(EX_PROTOCOL, "gmemd, before it was ready: %s", why);
     close_cleanup(&destination->daemon);
     destination->daemon = -1;
-    if (destination->done)
-        return;
-    json_begin(&event);
-    json_string(&event, "event", "disconnected");
-    json_string(&event, "message", why);
-    json_print(&event);
+    if (!destination->done)
+        report_message("disconnected", why);
 }
 
 static void take_word(struct destination *destination, const char *key)
 {
-    struct json event;
     char why[512] = "";
 
     json_get_string(destination->message.text, key, why, sizeof(why));
     if (!destination->running)
         fail(EX_PROTOCOL, "gmemd: %s", why);
-    json_begin(&event);
-    json_string(&event, "event", key);
-    json_string(&event, "message", why);
-    json_print(&event);
+    report_message(key, why);
 }
 
 static void take_message(struct destination *destination)
@@ -172,20 +164,11 @@ static void take_note(struct destination *destination)
     destination->exit_code = EX_DATAERR;
 }
 
-static void refuse(const char *message)
-{
-    struct json event;
-
-    json_begin(&event);
-    json_string(&event, "event", "refused");
-    json_string(&event, "message", message);
-    json_print(&event);
-}
-
 static void take_verify(struct destination *destination, const struct command *command)
 {
     if (!destination->done || destination->ended) {
-        refuse(destination->ended ? "verify: that was done" : "verify: memory is not complete yet");
+        report_message("refused", destination->ended ? "verify: that was done"
+                                                     : "verify: memory is not complete yet");
         return;
     }
     destination->ended = true;
@@ -206,7 +189,7 @@ static bool take_commands(struct destination *destination)
         if (strcmp(command.word[0], "verify") == 0)
             take_verify(destination, &command);
         else
-            refuse("there is no such command");
+            report_message("refused", "there is no such command");
     }
     return true;
 }
@@ -233,7 +216,8 @@ int destination_main(const struct options *options)
             take_note(destination);
         if (polled[2].revents)
             take_message(destination);
-        if (polled[0].revents && !take_commands(destination)) /* last: they read notes of their own */
+        /* Last, as they read notes of their own. */
+        if (polled[0].revents && !take_commands(destination))
             break;
     }
     return destination->exit_code;

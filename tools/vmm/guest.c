@@ -1,10 +1,11 @@
 /*
- * The guest program. It is copied into guest memory and run by vCPUs in 64-bit mode, and the very same function is run
- * by threads where there is no KVM. So it must be one piece of position independent code: all in one section, nothing
- * of libc, no constants in memory, no vector registers, no instrumentation. The pragmas ask for that.
+ * The guest program. It is copied into guest memory and run by vCPUs in 64-bit mode, and the very
+ * same function is run by threads where there is no KVM. So it must be one piece of position
+ * independent code: all in one section, nothing of libc, no constants in memory, no vector
+ * registers, no instrumentation. The pragmas ask for that.
  *
- * A vCPU may be stopped between any two instructions. The order inside a step (page, ledger, counter) makes the step
- * counter tell which pages are complete.
+ * A vCPU may be stopped between any two instructions. The order inside a step (page, ledger,
+ * counter) makes the step counter tell which pages are complete.
  */
 #pragma GCC optimize("O2", "no-tree-loop-distribute-patterns", "no-tree-vectorize")
 #pragma GCC optimize("no-jump-tables", "no-tree-switch-conversion", "no-stack-protector")
@@ -35,7 +36,8 @@ WORKLOAD void leave(const struct place *place, enum guest_exit reason)
     if (place->thread)
         place->thread->leave(place->thread, reason);
     else
-        __asm__ volatile("outl %0, %1" ::"a"((uint32_t)reason), "d"((uint16_t)GUEST_PORT) : "memory");
+        __asm__ volatile("outl %0, %1" ::"a"((uint32_t)reason), "d"((uint16_t)GUEST_PORT)
+                         : "memory");
 }
 
 WORKLOAD uint64_t ticks(void)
@@ -91,7 +93,7 @@ WORKLOAD uint64_t bucket(uint64_t value)
     return index < GUEST_BUCKETS ? index : GUEST_BUCKETS - 1;
 }
 
-/* Reads a page's version and its first word; times that if it is the first time since measuring began. */
+/* Reads a page's version and its first word; times the first time since measuring began. */
 WORKLOAD uint32_t touch(const struct place *place, uint64_t page, uint64_t bit)
 {
     uint64_t *bits = &place->touched[bit / 64], mask = 1ull << bit % 64;
@@ -127,7 +129,7 @@ WORKLOAD bool step(const struct place *place, uint64_t owned, uint64_t number)
     write_page(place, page, version + 1);
     *(volatile uint64_t *)&place->cpu->steps = number + 1;
 
-    /* All vCPUs follow the first one's counter, so that they come to the same shared page at the same time. */
+    /* All vCPUs follow the first one's counter, so that they come to one shared page at once. */
     first = (const volatile struct guest_cpu *)(place->base + place->params->cpus);
     shared = workload_below(workload_mix(first->steps), place->params->shared_pages);
     return check_page(place, shared, touch(place, shared, shared));
@@ -169,7 +171,7 @@ WORKLOAD bool verify(const struct place *place, uint64_t owned)
     return true;
 }
 
-/* Steps until the host wants the final check (true), a byte is wrong (false) or a thread is to stop (false). */
+/* Steps until the host wants the final check (true); or a byte is wrong, or a thread is to stop. */
 WORKLOAD bool work(const struct place *place, uint64_t owned, uint64_t number, bool *ret_stopped)
 {
     uint64_t command, pace = place->params->workload.pace;

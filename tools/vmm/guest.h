@@ -1,13 +1,15 @@
 /*
- * What the guest program and the host share: how guest memory is laid out, and how a guest leaves its program.
+ * What the guest program and the host share: how guest memory is laid out, and how a guest leaves
+ * its program.
  *
  * Guest memory, from guest physical address 0, in pages of 4 KiB:
  *
- *   a page that nobody uses · parameters · one page a vCPU (struct guest_cpu) · one stack page a vCPU · the program ·
- *   page tables · ledger (u32 a data page: its version) · touched (per vCPU, a bit a page) · data pages
+ *   a page that nobody uses · parameters · a page a vCPU (struct guest_cpu) · a stack page a vCPU ·
+ *   the program · page tables · ledger (u32 a data page: its version) · touched (per vCPU, a bit a
+ *   page) · data pages
  *
- * Everything before the data pages is the low area. The first data pages are shared: every vCPU reads them, nobody
- * writes. Of the others each belongs to one vCPU.
+ * Everything before the data pages is the low area. The first data pages are shared: every vCPU
+ * reads them, nobody writes. Of the others each belongs to one vCPU.
  */
 #ifndef GMEMD_VMM_GUEST_H
 #define GMEMD_VMM_GUEST_H
@@ -34,7 +36,7 @@ struct guest_workload {
     uint64_t seed;
     uint64_t pattern;    /* enum guest_pattern */
     uint64_t stride;     /* strided: in pages of the vCPU */
-    uint64_t hot_share;  /* hotset: per cent of the vCPU's pages that nine steps of ten choose from */
+    uint64_t hot_share;  /* hotset: per cent of a vCPU's pages that nine steps of ten choose */
     uint64_t zero_share; /* per cent of the data pages that are left as holes */
     uint64_t rate;       /* steps a second and vCPU at most; 0: no limit */
     uint64_t pace;       /* steps between two GUEST_PACE; 0: never */
@@ -44,8 +46,8 @@ struct guest_params {
     struct guest_workload workload;
     uint64_t pages; /* of all guest memory */
     uint64_t vcpus;
-    uint64_t cpus, stacks, program, tables, ledger, touched, data; /* where each part starts, in bytes */
-    uint64_t touched_size;                                         /* of one vCPU, in bytes */
+    /* Where each part starts, in bytes; and the size of touched for one vCPU. */
+    uint64_t cpus, stacks, program, tables, ledger, touched, data, touched_size;
     uint64_t data_pages;
     uint64_t shared_pages;
     /* The host writes these two while the guest runs. */
@@ -54,7 +56,8 @@ struct guest_params {
 };
 
 /*
- * A histogram with 16 buckets an octave (values apart by 6 % share one), good up to 2^40 ticks: minutes.
+ * A histogram with 16 buckets an octave (values apart by 6 % share one), good up to 2^40 ticks:
+ * minutes.
  */
 enum { GUEST_OCTAVE = 16, GUEST_BUCKETS = (40 - 4 + 1) * GUEST_OCTAVE };
 
@@ -84,8 +87,8 @@ struct guest_thread {
 };
 
 /*
- * The program. A vCPU enters with base 0 and no thread, and never returns; a thread passes the address where guest
- * memory is mapped, and returns when it was stopped or is at its end.
+ * The program. A vCPU enters with base 0 and no thread, and never returns; a thread passes the
+ * address where guest memory is mapped, and returns when it was stopped or is at its end.
  */
 void guest_program(uintptr_t base, uint64_t id, struct guest_thread *thread);
 

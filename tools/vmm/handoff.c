@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 
 #include "base.h"
@@ -32,8 +33,10 @@ int handoff_listen(const char *path)
 {
     struct sockaddr_un address = address_of(path);
     int fd = create_socket();
+    struct stat status;
 
-    unlink(path); /* of one who listened before */
+    if (lstat(path, &status) == 0 && S_ISSOCK(status.st_mode))
+        unlink(path); /* of one who listened before */
     if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 8) < 0)
         fail(EX_CANTCREAT, "listening on %s: %s", path, strerror(errno));
     return fd;
@@ -94,7 +97,11 @@ const char *handoff_receive(int socket, struct message *ret)
     } control;
     struct iovec body = {.iov_base = ret->text, .iov_len = HANDOFF_TEXT};
     struct msghdr header = {
-        .msg_iov = &body, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+        .msg_iov = &body,
+        .msg_iovlen = 1,
+        .msg_control = &control,
+        .msg_controllen = sizeof(control),
+    };
     ssize_t size = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
 
     ret->fds = 0;

@@ -29,7 +29,7 @@ int message_take_fd(struct message *message, const char *key);
 void message_close(struct message *message);
 
 struct json;
-/* Adds the member "regions". With `uffd`, as a destination: address in this process, index of the userfaultfd. */
+/* Adds "regions". A destination says where they are mapped, and the index of the `uffd`. */
 void handoff_regions(struct json *json, const struct memory *memory, const unsigned *uffd);
 
 #endif

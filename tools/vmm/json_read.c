@@ -1,6 +1,7 @@
 /*
- * A reader for the few small messages of the hand-off. The text comes from another process: json_is_object() walks
- * all of it with bounded depth before anything is looked up, and the look-ups then walk the same way.
+ * A reader for the few small messages of the hand-off. The text comes from another process:
+ * json_is_object() walks all of it with bounded depth before anything is looked up, and the look-
+ * ups then walk the same way.
  */
 #include "json.h"
 

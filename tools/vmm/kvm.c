@@ -1,9 +1,12 @@
 /*
- * vCPUs of KVM. They start in 64-bit mode, with page tables that the host has put into guest memory, and have no
- * devices and no interrupts: all that they ever ask of the host is an `out` to one port.
+ * vCPUs of KVM. They start in 64-bit mode, with page tables that the host has put into guest memory,
+ * and have no devices and no interrupts: all that they ever ask of the host is an `out` to one port.
  *
- * An `out` is complete only when KVM_RUN is entered again. So a vCPU always leaves for good through a KVM_RUN that
- * returns EINTR: then its registers are those between two instructions.
+ * They run in user mode. A KVM that has no hardware below it, as inside of another VM, emulates what
+ * runs in supervisor mode, instruction by instruction and some hundred times slower.
+ *
+ * An `out` is complete only when KVM_RUN is entered again. So a vCPU always leaves for good through
+ * a KVM_RUN that returns EINTR: then its registers are those between two instructions.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -29,7 +32,8 @@ void kvm_create_vm(struct machine *machine)
 {
     machine->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (machine->kvm < 0)
-        fail(EX_UNAVAILABLE, "/dev/kvm: %s: use --guest threads where there is no KVM", strerror(errno));
+        fail(EX_UNAVAILABLE, "/dev/kvm: %s: use --guest threads where there is no KVM",
+             strerror(errno));
     if (ioctl(machine->kvm, KVM_GET_API_VERSION, 0) != KVM_API_VERSION)
         fail(EX_UNAVAILABLE, "/dev/kvm speaks another version than %d", KVM_API_VERSION);
     machine->vm = ioctl(machine->kvm, KVM_CREATE_VM, 0);
@@ -80,7 +84,8 @@ void kvm_create_vcpu(struct vcpu *vcpu)
     set_cpuid(vcpu);
 }
 
-static void vcpu_ioctl(const struct vcpu *vcpu, unsigned long request, const char *name, void *argument)
+static void vcpu_ioctl(const struct vcpu *vcpu, unsigned long request, const char *name,
+                       void *argument)
 {
     if (ioctl(vcpu->fd, request, argument) < 0)
         fail(EX_SOFTWARE, "vCPU %u: %s: %s", vcpu->id, name, strerror(errno));
@@ -154,10 +159,9 @@ __attribute__((noreturn)) static void fail_exit(const struct vcpu *vcpu)
     struct kvm_regs regs = {0};
 
     ioctl(vcpu->fd, KVM_GET_REGS, &regs);
-    fail(EX_SOFTWARE, "vCPU %u left the guest for KVM's exit reason %u%s, at address 0x%llx", vcpu->id,
-         vcpu->run->exit_reason,
-         vcpu->run->exit_reason == KVM_EXIT_SHUTDOWN ? " (it cannot go on: what it executes is damaged)" : "",
-         regs.rip);
+    fail(EX_SOFTWARE, "vCPU %u, at 0x%llx, left the guest for KVM's exit reason %u%s", vcpu->id,
+         regs.rip, vcpu->run->exit_reason,
+         vcpu->run->exit_reason == KVM_EXIT_SHUTDOWN ? ": the code that it runs is damaged" : "");
 }
 
 void kvm_run_vcpu(struct vcpu *vcpu)

@@ -4,7 +4,7 @@
 
 #include "base.h"
 
-/* Page tables: one top page, one page of 1 GiB entries, then a page of 2 MiB entries for each GiB. */
+/* Page tables: a top page, a page of 1 GiB entries, and a page of 2 MiB entries for each GiB. */
 enum { TABLE_ENTRIES = 512, STACK_FILL = 0x5a };
 
 static const uint64_t HUGE_PAGE = 2u << 20, TABLE_SPAN = 1u << 30;
@@ -31,7 +31,7 @@ struct guest_params layout_params(const struct guest_workload *workload, uint64_
     uint64_t tables = 2 + (memory_size + TABLE_SPAN - 1) / TABLE_SPAN;
     struct guest_params params = {.workload = *workload, .pages = pages, .vcpus = vcpus};
 
-    /* A bit for each page that a vCPU owns and each that is shared: sized as if all pages were data pages. */
+    /* A bit for each page that a vCPU owns or shares: sized as if all pages were data pages. */
     params.touched_size = pages_for((pages / vcpus + pages / 32 + 64) / 8) * GUEST_PAGE;
     params.cpus = place_part(&at, vcpus);
     params.stacks = place_part(&at, vcpus);

@@ -1,4 +1,4 @@
-/* The low area of guest memory: where its parts lie, and what the host puts there before the guest first runs. */
+/* The low area of guest memory: where its parts lie, and what the host puts there at first. */
 #ifndef GMEMD_VMM_LAYOUT_H
 #define GMEMD_VMM_LAYOUT_H
 

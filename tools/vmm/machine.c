@@ -14,7 +14,7 @@ static const uint64_t SECOND = 1000000000;
 /* The run area of this thread's vCPU, for the signal handler. NULL in a stand-in. */
 static __thread struct kvm_run *current_run;
 
-/* KVM_RUN returns EINTR for a signal that comes while it runs; immediate_exit is for one that came just before. */
+/* A signal ends KVM_RUN with EINTR; immediate_exit is for one that came just before. */
 static void kicked(int signal)
 {
     (void)signal;
@@ -53,7 +53,7 @@ static void *vcpu_main(void *argument)
     return NULL;
 }
 
-/* Holds back a vCPU whose rate is limited. A late one does not catch up: it has waited for its memory. */
+/* Holds back a vCPU whose rate is limited. One that waited for its memory does not catch up. */
 static void keep_pace(struct vcpu *vcpu)
 {
     const struct guest_workload *workload = &vcpu->machine->params.workload;

@@ -1,6 +1,7 @@
 /*
- * The machine: guest memory and its vCPUs, each on a thread of its own, be it a vCPU of KVM or a thread that stands in
- * for one. The main thread starts and stops them; they tell it by notes through a pipe why they came to rest.
+ * The machine: guest memory and its vCPUs, each on a thread of its own, be it a vCPU of KVM or a
+ * thread that stands in for one. The main thread starts and stops them; they tell it by notes
+ * through a pipe why they came to rest.
  */
 #ifndef GMEMD_VMM_MACHINE_H
 #define GMEMD_VMM_MACHINE_H
@@ -12,7 +13,7 @@
 
 #include "memory.h"
 
-/* What must travel with a vCPU besides memory. Of a stand-in thread that is only the step that comes next. */
+/* What must travel with a vCPU besides memory. Of a stand-in that is only the step counter. */
 struct vcpu_state {
     uint64_t steps;
     struct kvm_regs regs;

@@ -1,4 +1,4 @@
-/* A reference VMM: runs a guest that checks its own memory, and gives it away or receives it as docs/handoff.md says. */
+/* A reference VMM: its guest checks its own memory, and comes and goes as docs/handoff.md says. */
 #include "sides.h"
 
 int main(int argc, char **argv)

@@ -1,7 +1,8 @@
 /*
- * Region sizes are odd on purpose, and neighbouring regions of one kind share a file, so that offsets and sizes are
- * seldom what a careless reader would guess. Huge regions come first: then they stay aligned to their page size both
- * in guest physical and in host virtual addresses, while all regions together are one piece in both.
+ * Region sizes are odd on purpose, and neighbouring regions of one kind share a file, so that
+ * offsets and sizes are seldom what a careless reader would guess. Huge regions come first: then
+ * they stay aligned to their page size both in guest physical and in host virtual addresses, while
+ * all regions together are one piece in both.
  */
 #include "memory.h"
 
@@ -18,7 +19,7 @@
 
 static const uint64_t HUGE_PAGE = 2u << 20;
 
-/* Splits `size` into `count` regions from `first` on: odd numbers of pages, the last takes what is left. */
+/* Splits `size` into `count` regions of odd numbers of pages; the last takes what is left. */
 static void split(struct memory *memory, unsigned first, unsigned count, uint64_t size,
                   enum backing backing)
 {
@@ -96,7 +97,7 @@ static int create_guest_memfd(uint64_t size, int vm)
     int offered, file;
 
     if (vm < 0)
-        fail(EX_UNAVAILABLE, "guest_memfd is made by KVM: use --guest kvm where /dev/kvm can be opened");
+        fail(EX_UNAVAILABLE, "guest_memfd is made by KVM: use --guest kvm where /dev/kvm opens");
     offered = ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS);
     create.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
     if (offered > 0)
@@ -104,10 +105,17 @@ static int create_guest_memfd(uint64_t size, int vm)
     file = ioctl(vm, KVM_CREATE_GUEST_MEMFD, &create);
     if (file < 0)
         fail(EX_UNAVAILABLE,
-             "this kernel makes no guest_memfd that can be mapped (flags MMAP and INIT_SHARED; it offers "
-             "mask %d): %s: run Linux 6.18 or later with CONFIG_KVM_GUEST_MEMFD, or use --backing memfd",
-             offered > 0 ? offered : 0, strerror(errno));
+             "guest_memfd: %s: this KVM offers flags %d, MMAP and INIT_SHARED (3) are needed: "
+             "run Linux 6.18 or later with CONFIG_KVM_GUEST_MEMFD, or use --backing memfd",
+             strerror(errno), offered > 0 ? offered : 0);
     return file;
+}
+
+static int create_file(enum backing backing, uint64_t size, int vm)
+{
+    if (backing == BACKING_GUEST_MEMFD)
+        return create_guest_memfd(size, vm);
+    return create_memfd(size, backing == BACKING_HUGETLB);
 }
 
 static void create_files(struct memory *memory, int vm)
@@ -121,9 +129,7 @@ static void create_files(struct memory *memory, int vm)
 
         if (region->offset)
             continue;
-        memory->file[region->file] = region->backing == BACKING_GUEST_MEMFD
-            ? create_guest_memfd(sizes[region->file], vm)
-            : create_memfd(sizes[region->file], region->backing == BACKING_HUGETLB);
+        memory->file[region->file] = create_file(region->backing, sizes[region->file], vm);
     }
 }
 

@@ -1,4 +1,4 @@
-/* Guest memory as the host has it: files, regions in them, and one mapping of all regions side by side. */
+/* Guest memory as the host has it: files, regions in them, all mapped side by side. */
 #ifndef GMEMD_VMM_MEMORY_H
 #define GMEMD_VMM_MEMORY_H
 
@@ -22,7 +22,7 @@ struct memory {
     int file[OPTIONS_REGIONS];
 };
 
-/* Creates the files and maps them; touches nothing of them. `vm` makes guest_memfds; -1 if there is none. */
+/* Creates and maps the files, touches nothing. `vm` makes guest_memfds; -1 if there is none. */
 struct memory memory_create(const struct options *options, int vm);
 
 #endif

@@ -1,4 +1,4 @@
-/* What memory must be, computed from seed, pattern and step counters alone, without a look at it. */
+/* What memory must be, computed from seed, pattern and step counters, without a look at it. */
 #ifndef GMEMD_VMM_MODEL_H
 #define GMEMD_VMM_MODEL_H
 
@@ -11,7 +11,7 @@ uint32_t *model_filled(const struct guest_params *params);
 void model_replay(const struct guest_params *params, const uint64_t *from, const uint64_t *to,
                   uint32_t *versions);
 
-/* Where a page differs from what it must contain: the index of the first such word, GUEST_WORDS if nowhere. */
+/* The index of the first word of a page that is not what it must be; GUEST_WORDS if all are. */
 uint64_t model_differs(const struct guest_params *params, uint64_t page, uint32_t version,
                        const uint64_t *words, uint64_t *ret_expected);
 

@@ -16,7 +16,7 @@ static const char HELP[] =
     "  --memory SIZE       guest memory, as 512M or 1G (256M)\n"
     "  --vcpus N           1 to 8 (1)\n"
     "  --regions N         pieces that guest memory consists of, 1 to 64 (1)\n"
-    "  --backing KIND      memfd, hugetlb, guest_memfd, or mixed: half the regions hugetlb (memfd)\n"
+    "  --backing KIND      memfd, hugetlb, guest_memfd, or mixed: half of it hugetlb (memfd)\n"
     "  --guest KIND        kvm, threads, or auto: kvm where /dev/kvm opens (auto)\n"
     "\n"
     "The source says what the guest does:\n"
@@ -28,15 +28,15 @@ static const char HELP[] =
     "  --rate N            steps a second and vCPU at most (no limit)\n"
     "\n"
     "Events go to stdout, a JSON object a line. Commands come from stdin, one a line:\n"
-    "  verify [PATH...]    end the work; the guest checks all its memory, then the host does. PATHs are\n"
-    "                      the source's memory as its event \"paused\" names it, to compare with\n"
+    "  verify [PATH...]    end the work; the guest checks all its memory, then the host does,\n"
+    "                      with the source's at hand: PATHs as its event \"paused\" names them\n"
     "  quit                (or the end of stdin)\n";
 
 static const char *const GUEST_NAMES[] = {"kvm", "threads"};
 static const char *const BACKING_NAMES[] = {"memfd", "hugetlb", "guest_memfd", "mixed"};
 static const char *const PATTERN_NAMES[] = {"sequential", "random", "strided", "hotset"};
 
-/* How often a guest with a limited rate comes up for breath: short beside a migration, long beside a step. */
+/* How often a limited rate is enforced: often beside a migration, seldom beside a step. */
 enum { PACES_A_SECOND = 200 };
 
 static uint64_t parse_number(const char *name, const char *text, uint64_t least, uint64_t most)
@@ -126,8 +126,8 @@ static void parse_workload(struct options *options, const char *name, const char
 
 static void check(struct options *options)
 {
-    uint64_t unit = options->backing == BACKING_HUGETLB || options->backing == BACKING_MIXED
-                        ? 2u << 20 : GUEST_PAGE;
+    bool huge = options->backing == BACKING_HUGETLB || options->backing == BACKING_MIXED;
+    uint64_t unit = huge ? 2u << 20 : GUEST_PAGE;
 
     /* The page tables are made for as much as one entry of the top page reaches. */
     if (options->memory < LAYOUT_LEAST_MEMORY || options->memory > 512ull << 30 ||
@@ -166,7 +166,8 @@ struct options options_parse(int argc, char **argv)
         .vcpus = 1,
         .regions = 1,
         .guest = parse_guest("auto"),
-        .workload = {.seed = 1, .pattern = GUEST_RANDOM, .stride = 7, .hot_share = 10, .zero_share = 12},
+        .workload = {
+            .seed = 1, .pattern = GUEST_RANDOM, .stride = 7, .hot_share = 10, .zero_share = 12},
     };
     int kind, index;
 

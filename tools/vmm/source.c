@@ -1,6 +1,6 @@
 /*
- * The source: fills memory, runs the guest, answers gmemd-source. Once paused it keeps memory as it is, for as long as
- * some gmemd-source may still come and ask for it.
+ * The source: fills memory, runs the guest, answers gmemd-source. Once paused it keeps memory as
+ * it is, for as long as some gmemd-source may still come and ask for it.
  */
 #include <errno.h>
 #include <poll.h>
@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "handoff.h"
 #include "json.h"
+#include "report.h"
 #include "sides.h"
 #include "state.h"
 #include "verify.h"
@@ -29,25 +30,6 @@ struct source {
     int state; /* the blob, once paused */
     int exit_code;
 };
-
-static void report(const char *name)
-{
-    struct json event;
-
-    json_begin(&event);
-    json_string(&event, "event", name);
-    json_print(&event);
-}
-
-static void report_message(const char *name, const char *message)
-{
-    struct json event;
-
-    json_begin(&event);
-    json_string(&event, "event", name);
-    json_string(&event, "message", message);
-    json_print(&event);
-}
 
 static void report_filled(const struct machine *machine)
 {
@@ -261,7 +243,8 @@ int source_main(const struct options *options)
             take_message(source);
         if (polled[2].revents)
             take_client(source);
-        if (polled[0].revents && !take_commands(source)) /* last: they read notes of their own */
+        /* Last, as they read notes of their own. */
+        if (polled[0].revents && !take_commands(source))
             break;
     }
     unlink(options->listen);

@@ -1,4 +1,4 @@
-/* Threads that stand in for vCPUs: they run the guest program on the host's mapping of guest memory. */
+/* Threads that stand in for vCPUs: they run the guest program on the host's mapping of memory. */
 #include "machine.h"
 
 static void standin_leave(struct guest_thread *thread, enum guest_exit reason)

@@ -65,8 +65,8 @@ static void check_shape(const struct state *state, uint64_t size)
     if (memcmp(state->magic, MAGIC, sizeof(MAGIC)) != 0)
         fail(EX_PROTOCOL, "state: it is not one of gmemd-vmm: sent by the source");
     if (state->version != STATE_VERSION)
-        fail(EX_PROTOCOL, "state: version %u, this gmemd-vmm has %d: sent by the source", state->version,
-             STATE_VERSION);
+        fail(EX_PROTOCOL, "state: version %u, this gmemd-vmm has %d: sent by the source",
+             state->version, STATE_VERSION);
     if (state->vcpus < 1 || state->vcpus > GUEST_VCPUS || state->size != state_size(state->vcpus) ||
         state->size != size)
         fail(EX_PROTOCOL, "state: %llu bytes for %llu vCPUs, it says %llu: sent by the source",

@@ -40,7 +40,7 @@ static double smaller(double a, double b)
     return a < b ? a : b;
 }
 
-/* A value at a share of all touches; the middle of the last bucket may lie above the longest of them. */
+/* The value at a share of all touches. The last bucket's middle may lie above the longest touch. */
 static double percentile(const struct guest_cpu *all, double share)
 {
     uint64_t rank = (uint64_t)((double)all->touches * share), seen = 0;

@@ -1,6 +1,6 @@
 /*
- * What the headers of a build host may lack: KVM's guest_memfd (Linux 6.8, its flags 6.18) and what is proposed on
- * top of it. Whether the running kernel has any of it is found out by trying.
+ * What the headers of a build host may lack: KVM's guest_memfd (Linux 6.8, its flags 6.18) and
+ * what is proposed on top of it. Whether the running kernel has any of it is found out by trying.
  */
 #ifndef GMEMD_VMM_UAPI_H
 #define GMEMD_VMM_UAPI_H

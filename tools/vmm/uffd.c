@@ -9,7 +9,7 @@
 
 #include "base.h"
 
-/* KVM's accesses are faults in kernel mode. The device gives leave by its permissions, the call wants CAP_SYS_PTRACE. */
+/* KVM faults in kernel mode. The device's permissions allow that, or CAP_SYS_PTRACE the call. */
 static int open_uffd(void)
 {
     CLEANUP_CLOSE int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
@@ -28,9 +28,11 @@ int uffd_create(void)
     int uffd = open_uffd();
 
     if (uffd < 0)
-        fail(EX_UNAVAILABLE, "no userfaultfd: %s: let this user open /dev/userfaultfd, or give CAP_SYS_PTRACE",
+        fail(EX_UNAVAILABLE,
+             "no userfaultfd: %s: let this user open /dev/userfaultfd, or give CAP_SYS_PTRACE",
              strerror(errno));
     if (ioctl(uffd, UFFDIO_API, &api) < 0)
-        fail(EX_UNAVAILABLE, "this userfaultfd lacks THREAD_ID or EVENT_REMOVE: %s", strerror(errno));
+        fail(EX_UNAVAILABLE, "this userfaultfd lacks THREAD_ID or EVENT_REMOVE: %s",
+             strerror(errno));
     return uffd;
 }

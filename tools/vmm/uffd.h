@@ -1,7 +1,7 @@
 #ifndef GMEMD_VMM_UFFD_H
 #define GMEMD_VMM_UFFD_H
 
-/* A userfaultfd of this process that also traps the accesses of KVM; ends the process if there is none. */
+/* A userfaultfd that traps KVM's accesses, too. Ends the process if there is none. */
 int uffd_create(void);
 
 #endif

@@ -1,4 +1,4 @@
-/* The end of a run: the guest checks its memory, the host checks it again, and the event "verified" says it all. */
+/* The end of a run: the guest checks its memory, then the host does; "verified" says it all. */
 #ifndef GMEMD_VMM_VERIFY_H
 #define GMEMD_VMM_VERIFY_H
 
@@ -11,7 +11,7 @@ struct arrival {
     double blocked_share; /* of the vCPUs' time between the first instruction and done */
 };
 
-/* Returns the exit code: EX_OK or EX_DATAERR. `arrival` is NULL for a guest that has always been here. */
+/* Returns EX_OK or EX_DATAERR. `arrival` is NULL for a guest that has always been here. */
 int verify(struct machine *machine, const struct arrival *arrival, char *const *paths,
            unsigned path_count);
 

@@ -1,6 +1,7 @@
 /*
- * What a page must contain and which page a step chooses: pure functions of the seed, used by the guest program and by
- * the model that computes, without looking at guest memory, what must be there.
+ * What a page must contain and which page a step chooses: pure functions of the seed, used by the
+ * guest program and by the model that computes, without looking at guest memory, what must be
+ * there.
  */
 #ifndef GMEMD_VMM_WORKLOAD_H
 #define GMEMD_VMM_WORKLOAD_H
@@ -76,7 +77,7 @@ WORKLOAD uint64_t workload_choice(const struct guest_params *params, uint64_t ow
 
     if (workload->pattern == GUEST_SEQUENTIAL)
         return step % owned;
-    if (workload->pattern == GUEST_STRIDED) /* shifted by one each time round: comes to every page */
+    if (workload->pattern == GUEST_STRIDED) /* shifted by one each round: comes to every page */
         return (step * workload->stride + step * workload->stride / owned) % owned;
     if (workload->pattern == GUEST_HOTSET && random % 10 != 0)
         return workload_below(random, hot < owned ? hot : owned);
