@@ -269,11 +269,11 @@ def guest_memfd_slot() -> Finding:
 
 def kvm_userfault() -> Finding:
     """A guest_memfd slot with a userfault bitmap: the flag must be taken, a bitmap that lies nowhere refused."""
-    return _try(lib.gm_probe_kvm_userfault, lib.GM_PROBE_GUEST_MEMFD)[0]
+    return _try(lib.gm_probe_kvm_userfault)[0]
 
 
 def pre_fault() -> Finding:
-    return _try(lib.gm_probe_prefault, lib.GM_PROBE_MEMFD, 0)[0]
+    return _try(lib.gm_probe_prefault)[0]
 
 
 # The CPU

@@ -161,7 +161,7 @@ def guest_memfd(names: list[str]) -> int:
     try:
         vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
         try:
-            return fcntl.ioctl(vm, KVM_CREATE_GUEST_MEMFD, request, True)
+            return int(fcntl.ioctl(vm, KVM_CREATE_GUEST_MEMFD, request, True))
         finally:
             os.close(vm)
     finally:
@@ -180,7 +180,7 @@ def hugetlb() -> int:
     return fd
 
 
-MAKE = {
+MAKE: dict[Memory, tuple[Callable[[], int], int]] = {
     Memory.MEMFD: (memfd, mmap.PAGESIZE),
     Memory.HUGETLB: (hugetlb, HUGE_PAGE),
     Memory.GUEST_MEMFD: (partial(guest_memfd, ["mmap", "init_shared"]), mmap.PAGESIZE),

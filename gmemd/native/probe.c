@@ -77,7 +77,7 @@ static char *map_page(struct gm_arena *arena, int file)
 {
     char *mapping = map_with(arena, file, file < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
 
-    if (mapping || errno != ENOMEM)
+    if (mapping || file < 0 || errno != ENOMEM)
         return mapping;
     arena->no_memory = errno;
     return map_with(arena, file, MAP_SHARED | MAP_NORESERVE);

@@ -55,8 +55,6 @@ enum gm_probe_populate {
 struct gm_trial gm_probe_uffd_open(int way);
 /* value: the feature bits */
 struct gm_trial gm_probe_uffd_features(void);
-/* value: a bit for each ioctl that the range takes */
-struct gm_trial gm_probe_register(int backing, int modes);
 /* value: the gm_probe_seen of the first touch, before any CONTINUE */
 struct gm_trial gm_probe_trap(int backing, int modes, int present);
 /* value: a gm_probe_seen */
@@ -75,8 +73,8 @@ struct gm_trial gm_probe_kvm(void);
 struct gm_trial gm_probe_kvm_vm(void);
 struct gm_trial gm_probe_guest_memfd(unsigned long long flags);
 struct gm_trial gm_probe_slot(int backing, int in_slot);
-struct gm_trial gm_probe_kvm_userfault(int backing);
-struct gm_trial gm_probe_prefault(int backing, int in_slot);
+struct gm_trial gm_probe_kvm_userfault(void);
+struct gm_trial gm_probe_prefault(void);
 
 /* The CPU. value: nanoseconds a reading of the clock takes */
 struct gm_trial gm_probe_clock(void);

@@ -121,25 +121,23 @@ static int set_plain_slot(const struct gm_arena *arena)
     return ioctl(arena->vm, KVM_SET_USER_MEMORY_REGION, &slot);
 }
 
-static int set_slot_for(const struct gm_arena *arena, int in_slot)
-{
-    return in_slot ? set_slot(arena, KVM_MEM_GUEST_MEMFD, arena->page, 0) : set_plain_slot(arena);
-}
-
 struct gm_trial gm_probe_slot(int backing, int in_slot)
 {
     gm_auto_arena arena = GM_NO_ARENA;
     struct gm_trial trial = set_up(&arena, backing);
 
-    return trial.ok == 1
-               ? gm_trial_call(set_slot_for(&arena, in_slot), "KVM_SET_USER_MEMORY_REGION")
-               : trial;
+    if (trial.ok != 1)
+        return trial;
+    if (in_slot)
+        return gm_trial_call(set_slot(&arena, KVM_MEM_GUEST_MEMFD, arena.page, 0),
+                             "KVM_SET_USER_MEMORY_REGION2");
+    return gm_trial_call(set_plain_slot(&arena), "KVM_SET_USER_MEMORY_REGION");
 }
 
-struct gm_trial gm_probe_kvm_userfault(int backing)
+struct gm_trial gm_probe_kvm_userfault(void)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    struct gm_trial trial = set_up(&arena, backing);
+    struct gm_trial trial = set_up(&arena, GM_PROBE_GUEST_MEMFD);
     uint64_t bitmap = 1;
 
     if (trial.ok != 1)
@@ -156,16 +154,16 @@ struct gm_trial gm_probe_kvm_userfault(int backing)
                          "KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT");
 }
 
-struct gm_trial gm_probe_prefault(int backing, int in_slot)
+struct gm_trial gm_probe_prefault(void)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    struct gm_trial trial = set_up(&arena, backing);
+    struct gm_trial trial = set_up(&arena, GM_PROBE_MEMFD);
     struct kvm_pre_fault_memory request = {.size = arena.page};
     int result = -1;
 
     if (trial.ok != 1)
         return trial;
-    if (set_slot_for(&arena, in_slot) < 0)
+    if (set_plain_slot(&arena) < 0)
         return gm_trial_untried("KVM_SET_USER_MEMORY_REGION", errno);
     gm_auto_fd vcpu = ioctl(arena.vm, KVM_CREATE_VCPU, 0);
 

@@ -1,58 +1,15 @@
-/*
- * userfaultfd, tried out on one page.
- *
- * Whether a fault is trapped shows only in a thread that runs into it, and a thread that waits for
- * a fault nobody answers waits for ever. So the toucher is a thread that we can always let go:
- * unregistering and closing the userfaultfd ends every wait on it. It touches the page by send(),
- * in the kernel, because:
- *
- * - KVM's faults are the kernel's. A userfaultfd that is UFFD_USER_MODE_ONLY does not trap those,
- *   and send() says so with EFAULT.
- * - A page that is poisoned, or that has no memory behind it, ends in EFAULT and not in SIGBUS.
- * - A UNIX socket holds no lock while it copies from user memory, so the other end can be polled
- *   meanwhile. A pipe holds one, and even closing it would wait for the fault.
- *
- * A signal would end the wait with EFAULT, too, so the toucher takes none.
- */
+/* userfaultfd, tried out on one page. */
 #include "probe.h"
 
 #include "cleanup.h"
 #include "probe_arena.h"
+#include "probe_toucher.h"
 #include "uapi.h"
 
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/poll.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-/* A trap shows within microseconds, in an emulated machine on a busy host within milliseconds. */
-static const struct timespec patience = {.tv_sec = 3};
-
-enum deed { READ_PAGE, REMOVE_PAGE };
-
-struct toucher {
-    struct gm_arena *arena;
-    enum deed deed;
-    int near; /* what the toucher read comes out here, and then an end of file */
-    int far;
-    bool runs;
-    pthread_t thread;
-    atomic_int tid;
-    atomic_int error;
-};
-
-#define gm_auto_toucher __attribute__((cleanup(toucher_stop))) struct toucher
-#define NO_TOUCHER {.near = -1, .far = -1}
-
-/* userfaultfd itself */
 
 static int open_by(int way, const char **step)
 {
@@ -108,8 +65,7 @@ void gm_arena_drop_uffd(struct gm_arena *arena)
 
     if (arena->uffd < 0)
         return;
-    /* All three wake waiters: a copy of the descriptor that a fork took with it must not keep them.
-     */
+    /* A fork may have taken a copy along, so that closing ours is not enough to wake who waits. */
     (void)ioctl(arena->uffd, UFFDIO_UNREGISTER, &range);
     while (read(arena->uffd, &unread, sizeof unread) > 0)
         ;
@@ -117,8 +73,7 @@ void gm_arena_drop_uffd(struct gm_arena *arena)
     arena->uffd = -1;
 }
 
-/* Opens the arena, the userfaultfd and the range: what most trials begin with. Its value is the
- * ioctls of the range. */
+/* What most trials begin with: the page, registered. */
 static struct gm_trial set_up(struct gm_arena *arena, int backing, int modes, uint64_t features)
 {
     struct uffdio_register request = {.mode = (__u64)modes};
@@ -129,105 +84,10 @@ static struct gm_trial set_up(struct gm_arena *arena, int backing, int modes, ui
     if (trial.ok != 1)
         return trial;
     request.range = (struct uffdio_range){(uint64_t)(uintptr_t)arena->range, arena->page};
-    if (ioctl(arena->uffd, UFFDIO_REGISTER, &request) < 0)
-        return gm_trial_no("UFFDIO_REGISTER", errno);
-    return gm_trial_yes((long long)request.ioctls);
+    return gm_trial_call(ioctl(arena->uffd, UFFDIO_REGISTER, &request), "UFFDIO_REGISTER");
 }
 
-struct gm_trial gm_probe_register(int backing, int modes)
-{
-    gm_auto_arena arena = GM_NO_ARENA;
-
-    return set_up(&arena, backing, modes, 0);
-}
-
-/* The toucher */
-
-static void *touch(void *argument)
-{
-    struct toucher *toucher = argument;
-    const struct gm_arena *arena = toucher->arena;
-    long result;
-
-    atomic_store(&toucher->tid, (int)syscall(SYS_gettid));
-    if (toucher->deed == REMOVE_PAGE)
-        result = madvise(arena->range, arena->page, MADV_REMOVE);
-    else
-        result = send(toucher->far, arena->range, sizeof(uint64_t), MSG_NOSIGNAL);
-    if (result < 0)
-        atomic_store(&toucher->error, errno);
-    shutdown(toucher->far, SHUT_WR);
-    return NULL;
-}
-
-static struct gm_trial toucher_start(struct toucher *toucher, struct gm_arena *arena,
-                                     enum deed deed)
-{
-    sigset_t all, before;
-    int ends[2];
-    int error;
-
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
-        return gm_trial_untried("socketpair", errno);
-    toucher->near = ends[0];
-    toucher->far = ends[1];
-    toucher->arena = arena;
-    toucher->deed = deed;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    error = pthread_create(&toucher->thread, NULL, touch, toucher);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error)
-        return gm_trial_untried("pthread_create", error);
-    toucher->runs = true;
-    return gm_trial_yes(0);
-}
-
-static void toucher_stop(struct toucher *toucher)
-{
-    if (toucher->runs) {
-        gm_arena_drop_uffd(toucher->arena);
-        pthread_join(toucher->thread, NULL);
-    }
-    gm_close_fd(&toucher->near);
-    gm_close_fd(&toucher->far);
-}
-
-static int what_was_read(const struct toucher *toucher)
-{
-    uint64_t word;
-    ssize_t got = recv(toucher->near, &word, sizeof word, MSG_DONTWAIT);
-
-    if (got != sizeof word)
-        return GM_PROBE_SEEN_REFUSED;
-    if (word == GM_PROBE_FILL_WORD)
-        return GM_PROBE_SEEN_CONTENT;
-    return word == 0 ? GM_PROBE_SEEN_ZERO : GM_PROBE_SEEN_OTHER;
-}
-
-static int what_was_trapped(const struct uffd_msg *message)
-{
-    if (message->event != UFFD_EVENT_PAGEFAULT)
-        return GM_PROBE_SEEN_OTHER;
-    return message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR ? GM_PROBE_SEEN_MINOR
-                                                                    : GM_PROBE_SEEN_MISSING;
-}
-
-/* Waits until the toucher is trapped or done, and says which of gm_probe_seen it was. *message is
- * the kernel's, when trapped. */
-static int await(const struct toucher *toucher, struct uffd_msg *message)
-{
-    struct pollfd both[] = {{toucher->arena->uffd, POLLIN, 0}, {toucher->near, POLLIN, 0}};
-    sigset_t all;
-
-    sigfillset(&all);
-    if (ppoll(both, 2, &patience, &all) <= 0)
-        return GM_PROBE_SEEN_NOTHING;
-    if (both[0].revents & POLLIN &&
-        read(toucher->arena->uffd, message, sizeof *message) == sizeof *message)
-        return what_was_trapped(message);
-    return both[1].revents ? what_was_read(toucher) : GM_PROBE_SEEN_NOTHING;
-}
+/* What came of it */
 
 static bool is_trap(int seen)
 {
@@ -241,7 +101,7 @@ static struct gm_trial with_value(struct gm_trial trial, int seen)
 }
 
 /* The trial's answer when the toucher ended up with `seen` in place of what had to come. */
-static struct gm_trial not_this(const struct toucher *toucher, int seen, const char *step)
+static struct gm_trial not_this(const struct gm_toucher *toucher, int seen, const char *step)
 {
     int error = seen == GM_PROBE_SEEN_NOTHING ? ETIMEDOUT : atomic_load(&toucher->error);
 
@@ -289,7 +149,7 @@ static long resolve(const struct gm_arena *arena, int how)
 struct gm_trial gm_probe_resolve(int backing, int how)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    gm_auto_toucher toucher = NO_TOUCHER;
+    gm_auto_toucher toucher = GM_NO_TOUCHER;
     struct uffd_msg message;
     int error, seen;
     struct gm_trial trial =
@@ -304,17 +164,17 @@ struct gm_trial gm_probe_resolve(int backing, int how)
         return gm_trial_no_page(&arena, error);
     if (resolve(&arena, how) < 0)
         return gm_trial_no(ways[how].name, errno);
-    trial = toucher_start(&toucher, &arena, READ_PAGE);
+    trial = gm_toucher_start(&toucher, &arena, GM_DEED_READ);
     if (trial.ok != 1)
         return trial;
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     return seen == ways[how].seen ? gm_trial_yes(seen) : not_this(&toucher, seen, ways[how].name);
 }
 
 /* Trapping */
 
 /* Puts the content there and lets the trapped toucher go on; the answer keeps what the trap was. */
-static struct gm_trial release(const struct toucher *toucher, int how, bool present, int trapped)
+static struct gm_trial release(const struct gm_toucher *toucher, int how, bool present, int trapped)
 {
     const struct gm_arena *arena = toucher->arena;
     struct uffd_msg message;
@@ -327,7 +187,7 @@ static struct gm_trial release(const struct toucher *toucher, int how, bool pres
         return with_value(gm_trial_no_page(arena, error), trapped);
     if (resolve(arena, how) < 0)
         return with_value(gm_trial_no(ways[how].name, errno), trapped);
-    seen = await(toucher, &message);
+    seen = gm_toucher_await(toucher, &message);
     if (seen != GM_PROBE_SEEN_CONTENT)
         return with_value(not_this(toucher, seen, "the content after the trap"), trapped);
     return gm_trial_yes(trapped);
@@ -336,7 +196,7 @@ static struct gm_trial release(const struct toucher *toucher, int how, bool pres
 struct gm_trial gm_probe_trap(int backing, int modes, int present)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    gm_auto_toucher toucher = NO_TOUCHER;
+    gm_auto_toucher toucher = GM_NO_TOUCHER;
     struct uffd_msg message;
     int how = modes & GM_PROBE_MINOR ? GM_PROBE_CONTINUE : GM_PROBE_COPY;
     int error, seen;
@@ -350,10 +210,10 @@ struct gm_trial gm_probe_trap(int backing, int modes, int present)
     error = present ? gm_arena_fill(&arena) : 0;
     if (error)
         return gm_trial_no_page(&arena, error);
-    trial = toucher_start(&toucher, &arena, READ_PAGE);
+    trial = gm_toucher_start(&toucher, &arena, GM_DEED_READ);
     if (trial.ok != 1)
         return trial;
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     return is_trap(seen) ? release(&toucher, how, present, seen)
                          : not_this(&toucher, seen, "the kernel's own read of the page");
 }
@@ -361,23 +221,23 @@ struct gm_trial gm_probe_trap(int backing, int modes, int present)
 struct gm_trial gm_probe_wake(int backing)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    gm_auto_toucher toucher = NO_TOUCHER;
+    gm_auto_toucher toucher = GM_NO_TOUCHER;
     struct uffd_msg message;
     struct uffdio_range range;
     int seen;
     struct gm_trial trial = set_up(&arena, backing, GM_PROBE_MISSING, 0);
 
     if (trial.ok == 1)
-        trial = toucher_start(&toucher, &arena, READ_PAGE);
+        trial = gm_toucher_start(&toucher, &arena, GM_DEED_READ);
     if (trial.ok != 1)
         return trial;
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     if (!is_trap(seen))
         return not_this(&toucher, seen, "the first fault");
     range = (struct uffdio_range){(uint64_t)(uintptr_t)arena.range, arena.page};
     if (ioctl(arena.uffd, UFFDIO_WAKE, &range) < 0)
         return gm_trial_no("UFFDIO_WAKE", errno);
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     return is_trap(seen) ? gm_trial_yes(0)
                          : not_this(&toucher, seen, "the second fault, after UFFDIO_WAKE");
 }
@@ -385,16 +245,16 @@ struct gm_trial gm_probe_wake(int backing)
 struct gm_trial gm_probe_thread_id(int backing)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    gm_auto_toucher toucher = NO_TOUCHER;
+    gm_auto_toucher toucher = GM_NO_TOUCHER;
     struct uffd_msg message;
     int seen;
     struct gm_trial trial = set_up(&arena, backing, GM_PROBE_MISSING, UFFD_FEATURE_THREAD_ID);
 
     if (trial.ok == 1)
-        trial = toucher_start(&toucher, &arena, READ_PAGE);
+        trial = gm_toucher_start(&toucher, &arena, GM_DEED_READ);
     if (trial.ok != 1)
         return trial;
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     if (!is_trap(seen))
         return not_this(&toucher, seen, "the fault");
     if (message.arg.pagefault.feat.ptid != (uint32_t)atomic_load(&toucher.tid))
@@ -405,7 +265,7 @@ struct gm_trial gm_probe_thread_id(int backing)
 struct gm_trial gm_probe_event_remove(int backing)
 {
     gm_auto_arena arena = GM_NO_ARENA;
-    gm_auto_toucher toucher = NO_TOUCHER;
+    gm_auto_toucher toucher = GM_NO_TOUCHER;
     struct uffd_msg message;
     int error, seen;
     struct gm_trial trial = set_up(&arena, backing, GM_PROBE_MINOR, UFFD_FEATURE_EVENT_REMOVE);
@@ -415,10 +275,10 @@ struct gm_trial gm_probe_event_remove(int backing)
     error = gm_arena_fill(&arena);
     if (error)
         return gm_trial_no_page(&arena, error);
-    trial = toucher_start(&toucher, &arena, REMOVE_PAGE);
+    trial = gm_toucher_start(&toucher, &arena, GM_DEED_REMOVE);
     if (trial.ok != 1)
         return trial;
-    seen = await(&toucher, &message);
+    seen = gm_toucher_await(&toucher, &message);
     if (seen != GM_PROBE_SEEN_OTHER || message.event != UFFD_EVENT_REMOVE)
         return not_this(&toucher, seen, "MADV_REMOVE");
     if (message.arg.remove.start != (uint64_t)(uintptr_t)arena.range ||
