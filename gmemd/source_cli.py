@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--file", type=Path, metavar="PATH", help="a memory file, whole, as one region")
     top.add_argument("--gpa", type=lambda text: int(text, 0), default=0, help="guest physical address of --file (0)")
     top.add_argument("--lanes", type=int, default=DEFAULT_LANES, help=f"background connections ({DEFAULT_LANES})")
+    top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
     top.add_argument("--poll-us", type=int, default=50, help="poll this long before sleeping, in µs (50; 0 never)")
     top.add_argument("--patience", type=float, metavar="SECONDS", help="give up after so long without a connection, "
@@ -57,7 +58,7 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
     if not 0 <= options.poll_us <= 1000:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
-    return Destination(host, port, options.migration, options.lanes)
+    return Destination(host, port, options.migration, options.lanes, background=not options.no_background)
 
 
 async def _send(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,12 +34,14 @@ class Guest(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where to send: an address, the migration's name there, and over how many background lanes."""
+    """Where to send: an address, the migration's name there, over how many background lanes, and whether to send more
+    than is asked for: without, the migration ends only when the guest has touched everything."""
 
     host: str
     port: int
     migration: str
     lanes: int = 1
+    background: bool = True
 
 
 @dataclass(slots=True)
@@ -192,6 +194,8 @@ class _Session:
             for some in source.holes(region):
                 for start, code in runs.encode(some):
                     await self.control.send(wire.Zero(region, start, code))
+        if not migration.to.background:
+            return
         await self.lanes.push()
         migration.progress.phase = "sent"
         await self.control.send(wire.Pushed())
