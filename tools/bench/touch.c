@@ -1,0 +1,138 @@
+/*
+ * Only touches that waited are samples. A touch that takes long may have been preempted instead; the thread's count of
+ * page faults tells the two apart, as a page that was mapped for us in advance causes none.
+ */
+#include "touch.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "../vmm/base.h"
+#include "pattern.h"
+
+/* Half of what the quickest fault takes; more than a touch that finds its page takes. */
+static const uint64_t SUSPECT_NS = 1000;
+
+/* Samples of a thread that goes on until it is stopped: at most one a fault. */
+static const size_t ENDLESS = 1u << 20;
+
+static uint64_t faults_so_far(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_THREAD, &usage);
+    return (uint64_t)(usage.ru_minflt + usage.ru_majflt);
+}
+
+static void touch_page(struct touch_thread *thread, uint32_t page)
+{
+    const struct memory *memory = thread->touch->memory;
+    uint64_t offset = page * memory->region[0].page_size;
+    const volatile uint64_t *word = (const volatile uint64_t *)(memory->base + offset);
+    uint64_t before = now_ns(), value = *word, took = now_ns() - before, faults;
+
+    if (value != offset / PATTERN_PAGE + 1)
+        fail(EX_DATAERR, "page %u holds %llu", page, (unsigned long long)value);
+    thread->touches++;
+    if (took < SUSPECT_NS)
+        return;
+    faults = faults_so_far();
+    if (faults != thread->faults)
+        samples_add(&thread->waits, took);
+    thread->faults = faults;
+}
+
+static void think(uint64_t ns)
+{
+    uint64_t until = now_ns() + ns;
+
+    while (now_ns() < until)
+        ;
+}
+
+static void *run(void *argument)
+{
+    struct touch_thread *thread = argument;
+    struct touch *touch = thread->touch;
+    const struct arguments *a = touch->arguments;
+    uint32_t pages = touch->pages, place = (uint32_t)((uint64_t)pages * thread->id / a->threads);
+    uint64_t most = a->touches ? a->touches / a->threads : UINT64_MAX;
+    unsigned half = pattern_half(pages);
+
+    pthread_barrier_wait(&touch->begin);
+    thread->faults = faults_so_far();
+    thread->begin_ns = now_ns();
+    while (thread->touches < most && !__atomic_load_n(&touch->stop, __ATOMIC_RELAXED)) {
+        touch_page(thread, a->random ? pattern_shuffled(place, pages, half) : place);
+        place = place + 1 < pages ? place + 1 : 0;
+        if (a->think_ns)
+            think(a->think_ns);
+    }
+    thread->end_ns = now_ns();
+    return NULL;
+}
+
+void touch_create(struct touch *touch, const struct arguments *arguments, const struct memory *memory)
+{
+    uint64_t pages = memory->size / memory->region[0].page_size;
+
+    if (arguments->threads < 1 || arguments->threads > TOUCH_THREADS)
+        fail(EX_USAGE, "--threads %u: 1 to %u", arguments->threads, TOUCH_THREADS);
+    if (pages > UINT32_MAX)
+        fail(EX_USAGE, "--memory: %llu pages are too many", (unsigned long long)pages);
+    if (arguments->touches > pages)
+        fail(EX_USAGE, "--touches: the memory has only %llu pages", (unsigned long long)pages);
+    *touch = (struct touch){.arguments = arguments, .memory = memory, .pages = (uint32_t)pages};
+    pthread_barrier_init(&touch->begin, NULL, arguments->threads + 1);
+    for (unsigned i = 0; i < arguments->threads; i++) {
+        struct touch_thread *thread = &touch->thread[i];
+        int error;
+
+        thread->touch = touch;
+        thread->id = i;
+        thread->waits = samples_create(arguments->touches ? arguments->touches : ENDLESS);
+        error = pthread_create(&thread->thread, NULL, run, thread);
+        if (error)
+            fail(EX_OSERR, "thread %u: %s", i, strerror(error));
+    }
+}
+
+void touch_begin(struct touch *touch)
+{
+    pthread_barrier_wait(&touch->begin);
+}
+
+void touch_join(struct touch *touch, bool stop)
+{
+    __atomic_store_n(&touch->stop, stop, __ATOMIC_RELAXED);
+    for (unsigned i = 0; i < touch->arguments->threads; i++)
+        pthread_join(touch->thread[i].thread, NULL);
+}
+
+void touch_report(const struct touch *touch, struct json *json)
+{
+    uint64_t begin = UINT64_MAX, end = 0, touches = 0;
+    size_t count = 0;
+    struct samples all;
+    double seconds;
+
+    for (unsigned i = 0; i < touch->arguments->threads; i++)
+        count += touch->thread[i].waits.count;
+    all = samples_create(count + 1);
+    for (unsigned i = 0; i < touch->arguments->threads; i++) {
+        const struct touch_thread *thread = &touch->thread[i];
+
+        begin = thread->begin_ns < begin ? thread->begin_ns : begin;
+        end = thread->end_ns > end ? thread->end_ns : end;
+        touches += thread->touches;
+        for (size_t j = 0; j < thread->waits.count; j++)
+            samples_add(&all, thread->waits.ns[j]);
+    }
+    seconds = (double)(end - begin) / 1e9;
+    json_number(json, "threads", touch->arguments->threads);
+    json_number(json, "touches", touches);
+    json_number(json, "touching_us", (end - begin) / 1000);
+    json_fraction(json, "faults_per_s", (double)count / seconds);
+    samples_report(&all, json, "wait_us");
+}
