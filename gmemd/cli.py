@@ -55,7 +55,7 @@ def serve(options: argparse.Namespace) -> int:
         print(config.dump(settings), end="")
         return 0
     log.set_up()
-    trio.run(Daemon(settings).run)
+    trio.run(Daemon(settings, options.fd_store).run)
     return 0
 
 
@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("serve", serve, "Run the destination daemon.")
     add_config(command)
+    command.add_argument(
+        "--fd-store",
+        type=Path,
+        metavar="PATH",
+        help="keep what a restart needs in a small process with a socket at PATH; without systemd",
+    )
     command.add_argument("--dump-config", action="store_true", help="print the configuration in effect, and end")
 
     command = add("status", status, "Show what runs, how far it is, and what is stuck.")

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import trio
 
-from gmemd import notify, status
+from gmemd import holder, notify, status
 from gmemd.config import Config
 from gmemd.errors import ConfigError, UnavailableError
+from gmemd.handoff import Descriptors
+from gmemd.keeping import Kept, sort_out
 from gmemd.listen import take_descriptors
 from gmemd.migrate.link import LinkSettings
 from gmemd.native.destination import Pager
@@ -31,7 +33,7 @@ STATUS_SECONDS = 1.0
 class Daemon:
     """One daemon. `run` returns when it was told to stop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, fd_store: Path | None = None) -> None:
         network, paging = config.network, config.paging
         settings = LinkSettings(
             heartbeat=network.heartbeat,
@@ -44,12 +46,20 @@ class Daemon:
         self.registry = Registry(config.limits.migrations)
         self.pager = Pager(paging.poll_us)
         self.notifier = notify.from_environment()
+        self._handed = take_descriptors()
+        self._holder: socket.socket | None = None
+        store = self.notifier
+        if fd_store:
+            self._holder, kept = holder.take_back(fd_store)
+            self._handed |= kept
+            store = notify.Notifier(str(fd_store))
         self.shared = Shared(
             config,
             settings,
             self.registry,
             self.pager,
             Chooser(paging.populate),
+            store,
             trio.CapacityLimiter(paging.lane_threads or os.cpu_count() or 1),
         )
         self.sources = SourceConnections(self.registry, settings, network.max_connections)
@@ -58,11 +68,14 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT."""
         listeners = self._listeners()
+        kept = sort_out(self._handed, self.shared.store)
         self.registry.listen = _name(listeners[1][0])
         async with trio.open_nursery() as outer:
             outer.start_soon(self._run_pager)
             try:
                 async with trio.open_nursery() as self._connections:
+                    for migration in kept:
+                        self._connections.start_soon(self._resume, migration)
                     for listener, serve in listeners:
                         self._connections.start_soon(self._accept, listener, serve)
                     self._connections.start_soon(self._tell_status)
@@ -93,11 +106,10 @@ class Daemon:
 
     def _listeners(self) -> list[tuple[trio.socket.SocketType, Callable[[trio.socket.SocketType], Awaitable[None]]]]:
         """What was handed in by name, or else what the configuration says."""
-        handed = {name: fds for name, fds in take_descriptors().items() if fds}
         config = self.config.daemon
 
         def take(name: str, make: Callable[[], socket.socket]) -> trio.socket.SocketType:
-            sock = socket.socket(fileno=handed.pop(name)[0]) if name in handed else make()
+            sock = socket.socket(fileno=self._handed.pop(name)[0]) if name in self._handed else make()
             sock.setblocking(False)
             return trio.socket.from_stdlib_socket(sock)
 
@@ -150,6 +162,17 @@ class Daemon:
                     await trio.sleep(STATUS_SECONDS)
                     continue
                 self._connections.start_soon(serve, connection)
+
+    async def _resume(self, kept: Kept) -> None:
+        """A migration that was kept for us."""
+        sock = socket.socket(fileno=kept.vmm)
+        sock.setblocking(False)
+        fds = Descriptors([kept.state, *kept.fds] + ([] if kept.blob is None else [kept.blob]))
+        with trio.socket.from_stdlib_socket(sock) as connection:
+            try:
+                await VmmConnection(self.shared, connection).resume(kept)
+            finally:
+                fds.close()
 
     async def _serve_vmm(self, connection: trio.socket.SocketType) -> None:
         with connection:

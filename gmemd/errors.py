@@ -1,7 +1,7 @@
 """What can go wrong, each with the exit code that a command ends with (sysexits.h).
 
-An error that is one of these has a message for people: what, where, whose fault, with values. A command prints it as one
-line. Any other exception is a bug of ours and keeps its traceback.
+An error that is one of these has a message for people: what, where, whose fault, with values. A command prints it as
+one line. Any other exception is a bug of ours and keeps its traceback.
 """
 
 import os

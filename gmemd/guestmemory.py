@@ -1,8 +1,10 @@
-"""Checks that what a VMM handed over is what it says, before a byte of it is used; and opens memory files for a source."""
+"""Checks that what a VMM handed over is what it says, before a byte of it is used; and opens memory files for a
+source."""
 
 import fcntl
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 from gmemd.errors import GmemdError, HandoffError, UnavailableError
 from gmemd.native import check, ffi, lib
@@ -13,7 +15,8 @@ USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
 def check_received(regions: Sequence[Region], fds: Sequence[int], limit: int) -> None:
-    """Raises HandoffError unless the regions can be received into: empty, apart from each other, behind userfaultfds."""
+    """Raises HandoffError unless the regions can be received into: empty, apart from each other, behind
+    userfaultfds."""
     if (size := sum(region.size for region in regions)) > limit:
         raise HandoffError(f"{size} bytes of guest memory (this daemon takes {limit} at most): sent by the VMM")
     for index, region in enumerate(regions):
@@ -64,9 +67,8 @@ def _check_file(index: int, region: Region, fd: int) -> None:
             f"region {index}: page_size = {region.page_size}, its memory file has pages of {page_size}: sent by the VMM"
         )
     if (size := os.fstat(fd).st_size) < region.offset + region.size:
-        raise HandoffError(
-            f"region {index}: the file has {size} bytes, the region needs {region.offset + region.size}: sent by the VMM"
-        )
+        needs = region.offset + region.size
+        raise HandoffError(f"region {index}: the file has {size} bytes, the region needs {needs}: sent by the VMM")
 
 
 def _check_userfaultfd(index: int, fd: int) -> None:
@@ -81,6 +83,6 @@ def _check_userfaultfd(index: int, fd: int) -> None:
 def _check_apart(what: str, ranges: Sequence[tuple[int, int, int]]) -> None:
     """Ranges (space, start, size) of one space must not overlap."""
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in pairwise(order):
         if ranges[a][0] == ranges[b][0] and ranges[a][1] + ranges[a][2] > ranges[b][1]:
             raise HandoffError(f"regions {a} and {b}: their {what} overlap: sent by the VMM")

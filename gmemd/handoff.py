@@ -92,7 +92,7 @@ def receive_untrusted(message: dict[str, Any], descriptors: int) -> Handoff:
 def check_version_untrusted(message: dict[str, Any]) -> None:
     """Refuses a VMM of another version of this protocol."""
     if message.get("gmemd") != VERSION:
-        raise HandoffError(f'version {message.get("gmemd")!r:.20} of the hand-off (this is version {VERSION})')
+        raise HandoffError(f"version {message.get('gmemd')!r:.20} of the hand-off (this is version {VERSION})")
 
 
 def regions_untrusted(message: dict[str, Any], descriptors: int, keys: Sequence[str]) -> tuple[Region, ...]:
@@ -147,3 +147,8 @@ def memory_file(name: str, content: bytes) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def content(fd: int) -> bytes:
+    """All that a memfd holds."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)

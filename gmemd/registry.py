@@ -1,17 +1,40 @@
 """The migrations of a daemon by name, and those who wait for one."""
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
 from gmemd.errors import HandoffError
-from gmemd.migrate.destination import IncomingMigration
+from gmemd.migrate.destination import IncomingMigration, Phase
 
 # Migrations that are remembered after their end, for an operator who asks how it went.
 FINISHED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A migration that has ended. `told` is what there was to say of it."""
+
+    name: str
+    phase: str
+    epoch: int
+    pages: int
+    told: dict[str, Any]
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def complete(self) -> bool:
+        return self.phase == Phase.COMPLETE.value
+
+    @property
+    def age(self) -> float:
+        """Seconds since its end."""
+        return time.monotonic() - self.at
 
 
 class Registry:
@@ -20,13 +43,17 @@ class Registry:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.listen = ""  # where sources come to
-        self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED)  # what there was to tell of the latest
+        self.finished: deque[Finished] = deque(maxlen=FINISHED)
         self._names: set[str] = set()
         self._migrations: dict[str, IncomingMigration] = {}
         self._arrivals = trio.Condition()
 
     def __iter__(self) -> Iterator[IncomingMigration]:
         return iter(list(self._migrations.values()))
+
+    def find_finished(self, name: str) -> Finished | None:
+        """The latest of that name that has ended."""
+        return next((ended for ended in reversed(self.finished) if ended.name == name), None)
 
     def get(self, name: str) -> IncomingMigration | None:
         return self._migrations.get(name)

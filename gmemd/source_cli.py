@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """All options."""
     top = cli.Parser(
         prog="gmemd-source",
-        description="Sends a guest's memory to the host where it goes on running: from a VMM that hands its memory over, "
+        description="Sends a guest's memory to the host where it goes on running: from a VMM that hands it over, "
         "or from a file that holds it (a snapshot, /proc/PID/fd/N).",
     )
     top.add_argument("destination", metavar="HOST:PORT", help="where gmemd serves; the port defaults to 7575")
@@ -35,11 +35,22 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--file", type=Path, metavar="PATH", help="a memory file, whole, as one region")
     top.add_argument("--gpa", type=lambda text: int(text, 0), default=0, help="guest physical address of --file (0)")
     top.add_argument("--lanes", type=int, default=DEFAULT_LANES, help=f"background connections ({DEFAULT_LANES})")
+    top.add_argument(
+        "--rate",
+        default="0",
+        metavar="BYTES/S",
+        help="send at most this much in the background, as 100M "
+        "(0: no limit); what the guest waits for is never held back",
+    )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
     top.add_argument("--poll-us", type=int, default=50, help="poll this long before sleeping, in µs (50; 0 never)")
-    top.add_argument("--patience", type=float, metavar="SECONDS", help="give up after so long without a connection, "
-                     "as long as the guest has not left (default: never)")
+    top.add_argument(
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        help="give up after so long without a connection, as long as the guest has not left (default: never)",
+    )
     top.add_argument("--json", action="store_true", help="one JSON object at the end")
     top.add_argument("--version", action="version", version=f"gmemd-source {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="tell what the connections do")
@@ -53,7 +64,7 @@ def _to(options: argparse.Namespace) -> Destination:
     except ValueError as error:
         raise UsageError(f"{text}: {error}") from None
     if not valid_id(options.migration):
-        raise UsageError(f"--migration {options.migration!r}: 1 to 63 of letters, digits and -_.:")
+        raise UsageError(f"--migration {options.migration!r}: 1 to 63 of letters, digits and -_.")
     if not 1 <= options.lanes <= MAX_LANES:
         raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
     if not 0 <= options.poll_us <= 1000:
@@ -63,10 +74,15 @@ def _to(options: argparse.Namespace) -> Destination:
 
 async def _send(options: argparse.Namespace) -> dict[str, Any]:
     to = _to(options)
+    try:
+        rate = config.parse_size(options.rate)
+    except ValueError as error:
+        raise UsageError(f"--rate {options.rate}: {error}") from None
     settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us)
     guest: SendingGuest
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
         migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)
+        migration.source.set_rate(rate)
         try:
             async with trio.open_nursery() as nursery:
                 if sys.stderr.isatty() and not options.json:

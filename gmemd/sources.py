@@ -8,9 +8,12 @@ from gmemd.errors import LinkError, ProtocolError, RefusedError
 from gmemd.migrate import wire
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, tune
 from gmemd.migrate.state import Phase, Role
-from gmemd.registry import Registry
+from gmemd.registry import Finished, Registry
 
 log = logging.getLogger(__name__)
+
+# A new source for a migration that ended this recently was started for that one.
+FRESH_SECONDS = 60.0
 
 
 class SourceConnections:
@@ -70,6 +73,8 @@ class SourceConnections:
         control = ControlLane(messages, Role.DESTINATION)
         control.take(hello)
         migration = self.registry.get(hello.migration)
+        if migration is None and (ended := self.registry.find_finished(hello.migration)):
+            await self._say_ended(control, hello, ended)
         while migration is None:
             with trio.move_on_after(self.settings.heartbeat):
                 migration = await self.registry.arrival(hello.migration)
@@ -82,6 +87,15 @@ class SourceConnections:
                 raise
             log.warning("%s: %s", messages.address, error, extra={"migration": hello.migration})
             await self._tell(messages, wire.Failed(str(error)[: wire.MAX_TEXT]))
+
+    async def _say_ended(self, control: ControlLane, hello: wire.Hello, ended: Finished) -> None:
+        """A source that was cut off at the very end hears how it ended. One that is new may mean another migration of
+        the same name, and must not take the end of the old one for its own."""
+        if hello.epoch == ended.epoch and ended.complete:
+            await control.send(wire.Complete(ended.pages))
+            raise LinkError(f"{control.messages.address}: told that {hello.migration} is complete")
+        if hello.epoch or ended.age < FRESH_SECONDS:
+            raise RefusedError(f"migration {hello.migration} ended here {ended.age:.0f} s ago: {ended.phase}")
 
     async def _tell(self, messages: MessageStream, message: wire.Message) -> None:
         with trio.move_on_after(self.settings.dead_after):

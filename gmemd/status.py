@@ -41,7 +41,7 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
     return {
         "migration": migration.name,
         "phase": migration.phase.value,
-        "trap": migration.trap,
+        "trap": memory.trap,
         "populate": sorted({how.value for how in memory.populate.values()}),
         "memory_bytes": memory.size,
         "pages": memory.pages,
@@ -49,7 +49,7 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "running_s": round(end - report.switched, 3) if report.switched else 0.0,
         "epoch": migration.epoch,
         "lanes": sorted(migration.session.lanes) if migration.session else [],
-        "recoveries": report.recoveries,
+        "recoveries": migration.recoveries,
         "stuck": report.stuck,
         "link": report.link,
         "fault_latency_us": migration.destination.latency_us(),
@@ -93,7 +93,7 @@ def _answer(request: bytes, registry: Registry) -> dict[str, Any]:
         return {
             "listen": registry.listen,
             "migrations": [snapshot(migration) for migration in registry],
-            "finished": list(registry.finished),
+            "finished": [ended.told for ended in registry.finished],
         }
     if command == "abandon":
         return _abandon(asked.get("migration"), registry)

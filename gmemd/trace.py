@@ -1,4 +1,5 @@
-"""Trace files: every fault of a migration in a few bytes, readable up to where a crash cut it off. docs/trace.md is the format."""
+"""Trace files: every fault of a migration in a few bytes, readable up to where a crash cut it off. docs/trace.md is
+the format."""
 
 import json
 import logging
@@ -50,7 +51,8 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceHeader:
-    """What a trace is of, and when it began, in ns on both clocks. Of a region, `gpa`, `size` and `page_size` are known."""
+    """What a trace is of, and when it began, in ns on both clocks. Of a region, `gpa`, `size` and `page_size` are
+    known."""
 
     migration: str
     realtime_ns: int
@@ -66,8 +68,9 @@ class TraceHeader:
 class TraceWriter:
     """Writes a migration's faults to the file `path`.
 
-    With `max_bytes`, it is instead a row of files beside it: NAME.0.gmtrace, NAME.1.gmtrace, …, the oldest of them deleted so that
-    together they stay within that (or within four headers, each with a block). An earlier row of the same name is continued.
+    With `max_bytes`, it is instead a row of files beside it: NAME.0.gmtrace, NAME.1.gmtrace, …, the oldest of them
+    deleted so that together they stay within that (or within four headers, each with a block). An earlier row of the
+    same name is continued.
 
     Writes go to the disk at once, and raise OSError. What was written before stays readable.
     """
@@ -84,7 +87,8 @@ class TraceWriter:
         self._begin_file()
 
     def add(self, records: bytes, lost: int = 0) -> None:
-        """Adds faults, as `struct gm_trace_record`s, and how many more there were. To be called now and then without any, too.
+        """Adds faults, as `struct gm_trace_record`s, and how many more there were. To be called now and then without
+        any, too.
 
         Raises ValueError if a fault is outside of all regions.
         """
@@ -185,7 +189,8 @@ class _Coder:
 
 
 class TraceReader:
-    """Reads a trace file. What is damaged is passed over with a warning; `damaged` counts its bytes, `lost` faults never written.
+    """Reads a trace file. What is damaged is passed over with a warning; `damaged` counts its bytes, `lost` faults
+    never written.
 
     Raises DataError if the header cannot be read.
     """

@@ -13,7 +13,7 @@ DRAIN_SECONDS = 0.1
 
 async def record(migration: IncomingMigration, directory: Path, max_bytes: int) -> None:
     """Drains the ring until cancelled, and once more then."""
-    directory.mkdir(parents=True, exist_ok=True)
+    await trio.Path(directory).mkdir(parents=True, exist_ok=True)
     path = directory / f"{migration.name}.gmtrace"
     with TraceWriter(path, migration.name, migration.memory.regions, max_bytes) as writer:
         try:

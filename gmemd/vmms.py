@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -13,18 +14,22 @@ from gmemd import guestmemory, handoff
 from gmemd.config import Config
 from gmemd.errors import GmemdError, HandoffError, KernelError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
+from gmemd.keeping import BLOB, Keeper, Kept
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
-from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.migrate.tasks import open_tasks
 from gmemd.native import lib
 from gmemd.native.destination import Pager
-from gmemd.native.memory import Memory
+from gmemd.native.memory import Memory, Note
+from gmemd.notify import Notifier
 from gmemd.populate import Chooser
-from gmemd.registry import Registry
+from gmemd.registry import Finished, Registry
 from gmemd.status import snapshot
+from gmemd.tracing import record
 
 log = logging.getLogger(__name__)
 
+VMM_KNOWS = 2  # of Note.SWITCHED
 SO_PEERPIDFD = 77  # since Linux 6.5; the socket module does not name it yet
 UCRED = struct.Struct("3i")
 
@@ -38,6 +43,7 @@ class Shared:
     registry: Registry
     pager: Pager
     chooser: Chooser
+    store: Notifier
     lane_threads: trio.CapacityLimiter
 
 
@@ -68,37 +74,70 @@ class VmmConnection:
         finally:
             descriptors.close()
 
+    async def resume(self, kept: Kept) -> None:
+        """Goes on with a migration of a daemon that has ended. What does not make sense is left as it is: the guest
+        waits."""
+        keeper = Keeper(self.shared.store, kept.migration)
+        keeper.adopt(kept)
+        with self.shared.registry.reserved(kept.migration):
+            try:
+                memory = Memory.adopt(kept.state, kept.fds)
+            except GmemdError as error:
+                log.error("cannot be taken over: %s", error, extra={"migration": kept.migration})
+                await trio.sleep_forever()
+            migration = self._migration(memory, keeper)
+            blob = None if kept.blob is None else handoff.content(kept.blob)
+            await self._attend(migration, keeper, lambda: migration.resume(blob))
+
     async def _receive(self, asked: Handoff, fds: list[int]) -> None:
-        migration = await trio.to_thread.run_sync(self._prepare, asked, fds)
-        process = _pidfd(self.sock)
+        memory = await trio.to_thread.run_sync(self._take_memory, asked, fds)
+        keeper = Keeper(self.shared.store, asked.migration)
+        migration = self._migration(memory, keeper)
+        kinds = [guestmemory.kind_of(fds[region.file])[0] for region in asked.regions]
+
+        def start() -> None:
+            _start(migration, kinds)
+            keeper.keep_all(memory.state_fd, self.sock.fileno(), fds)
+
+        await self._attend(migration, keeper, start)
+
+    async def _attend(self, migration: IncomingMigration, keeper: Keeper, start: Callable[[], None]) -> None:
+        """From its start until it is over, or until we are: then it is left to a successor."""
+        trace = self.shared.config.trace
         try:
-            _start(migration, [guestmemory.kind_of(fds[region.file])[0] for region in asked.regions])
+            process = _pidfd(self.sock)
+            start()
             await self.shared.registry.add(migration)
             log.info(
-                "waits for its source: %d bytes in %d regions",
+                "%s: %d bytes in %d regions",
+                migration.phase.value,
                 migration.memory.size,
-                len(asked.regions),
-                extra={"migration": asked.migration},
+                len(migration.memory.regions),
+                extra={"migration": migration.name},
             )
             async with open_tasks() as tasks:
                 tasks.start(migration.run)
                 tasks.start(self._watch_process, process, migration)
                 tasks.start(self._listen, migration)
-                if directory := self.shared.config.trace.directory:
-                    tasks.start(record, migration, directory, self.shared.config.trace.max_bytes)
-                await self._speak(migration, tasks)
+                if trace.directory:
+                    tasks.start(record, migration, trace.directory, trace.max_bytes)
+                await self._speak(migration, keeper)
+                tasks.stop()
         finally:
-            os.close(process)
-            self.shared.registry.finished.append(snapshot(migration))
+            if migration.ended.is_set():
+                keeper.forget_all()
+                told = snapshot(migration)
+                ended = Finished(migration.name, migration.phase.value, migration.epoch, migration.memory.pages, told)
+                self.shared.registry.finished.append(ended)
             with trio.CancelScope(shield=True):
                 await migration.close()
 
-    def _prepare(self, asked: Handoff, fds: list[int]) -> IncomingMigration:
-        """Checks what was handed over and makes the migration. Off the event loop: a large file takes a while to look at."""
-        config = self.shared.config
-        if len(asked.regions) > config.limits.regions:
-            raise HandoffError(f"{len(asked.regions)} regions (this daemon takes {config.limits.regions}): sent by the VMM")
-        guestmemory.check_received(asked.regions, fds, config.limits.memory)
+    def _take_memory(self, asked: Handoff, fds: list[int]) -> Memory:
+        """Checks what was handed over. Off the event loop: a large file takes a while to look at."""
+        limits = self.shared.config.limits
+        if len(asked.regions) > limits.regions:
+            raise HandoffError(f"{len(asked.regions)} regions (this daemon takes {limits.regions}): sent by the VMM")
+        guestmemory.check_received(asked.regions, fds, limits.memory)
         memory = Memory(asked.migration, asked.regions, fds, fds)
         try:
             for index, region in enumerate(asked.regions):
@@ -106,31 +145,42 @@ class VmmConnection:
         except GmemdError:
             memory.close()
             raise
+        return memory
+
+    def _migration(self, memory: Memory, keeper: Keeper) -> IncomingMigration:
+        config = self.shared.config
+
+        def keep_state(state: bytes) -> None:
+            with handoff.memory_file("gmemd-vmm-state", state) as fd:
+                keeper.keep(BLOB, fd)
+
         return IncomingMigration(
-            asked.migration,
+            memory.migration,
             memory,
             self.shared.pager,
             self.shared.settings,
             self.shared.lane_threads,
             state_limit=config.limits.state,
+            keep_state=keep_state,
             trace=config.trace.directory is not None,
         )
 
-    async def _speak(self, migration: IncomingMigration, tasks: Tasks) -> None:
+    async def _speak(self, migration: IncomingMigration, keeper: Keeper) -> None:
         """Tells the VMM when its guest may run, and when the migration is over."""
         await migration.ready.wait()
         if migration.state is not None:
             with handoff.memory_file("gmemd-vmm-state", migration.state) as fd:
                 migration.state = None
                 await self._tell(
-                    {"ready": True, "state": 0, "trap": migration.trap, "populate": _populate(migration)}, [fd]
+                    {"ready": True, "state": 0, "trap": migration.memory.trap, "populate": _populate(migration)}, [fd]
                 )
+            migration.memory.set_note(Note.SWITCHED, VMM_KNOWS)
+            keeper.forget(BLOB)
         await migration.ended.wait()
         if migration.phase is Phase.COMPLETE:
             await self._tell({"done": True, "pages": migration.memory.pages})
         else:
             await self._tell({"abandoned": migration.report.stuck or migration.report.link or "given up"})
-        tasks.stop()
 
     async def _listen(self, migration: IncomingMigration) -> None:
         """What the VMM says later. That it closes its socket says nothing: its process may live on."""
@@ -154,7 +204,10 @@ class VmmConnection:
         await self._tell({"discarded": True})
 
     async def _watch_process(self, pidfd: int, migration: IncomingMigration) -> None:
-        await trio.lowlevel.wait_readable(pidfd)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
         if not migration.ended.is_set():
             log.warning("the VMM has died", extra={"migration": migration.name})
             migration.report.link = "the VMM has died"

@@ -3,6 +3,7 @@
 import enum
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -12,7 +13,7 @@ from gmemd.migrate import wire
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
 from gmemd.migrate.session import Session
 from gmemd.native.destination import Destination, Pager
-from gmemd.native.memory import Memory
+from gmemd.native.memory import Memory, Note
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ class Report:
     """What an operator asks about. Times of CLOCK_MONOTONIC in seconds."""
 
     created: float = field(default_factory=time.monotonic)
-    switched: float | None = None
+    switched: float | None = None  # or since this daemon has it
     completed: float | None = None
-    recoveries: int = 0
     stuck: str | None = None  # why pages could not be put in place, while that lasts
     link: str | None = None  # why there is no source, while there is none
 
@@ -54,6 +54,7 @@ class IncomingMigration:
         lane_threads: trio.CapacityLimiter,
         *,
         state_limit: int,
+        keep_state: Callable[[bytes], None],
         trace: bool = False,
     ) -> None:
         self.name = name
@@ -62,20 +63,44 @@ class IncomingMigration:
         self.settings = settings
         self.lane_threads = lane_threads
         self.state_limit = state_limit
+        self.keep_state = keep_state  # for a successor, in case the VMM does not get it from us
         self.destination = Destination(memory, trace=trace)
         self.phase = Phase.WAITING
         self.report = Report()
-        self.trap = ""
-        self.state: bytes | None = None
-        self.epoch = 0
+        self.state: bytes | None = None  # the VMM's own, until the VMM has it
         self.session: Session | None = None
         self.ready = trio.Event()  # the guest may run here, or never will
         self.ended = trio.Event()
 
     def start(self) -> None:
         """Registers the memory. From here on, a fault waits until its page has come."""
-        self.trap = self.memory.register()
+        self.memory.register()
         self.pager.add(self.destination)
+
+    def resume(self, state: bytes | None) -> None:
+        """Goes on where another daemon ended; `state` is the VMM's own, if the VMM has not had it."""
+        self.pager.add(self.destination)
+        self.memory.wake()
+        if self.memory.note(Note.SWITCHED):
+            self.state = state
+            self._run_guest()
+        if self.memory.received == self.memory.pages:
+            self._complete()
+
+    @property
+    def epoch(self) -> int:
+        """The latest session's."""
+        return self.memory.note(Note.EPOCH)
+
+    @property
+    def switched(self) -> bool:
+        """Whether the guest has left its source."""
+        return self.memory.note(Note.SWITCHED) != 0
+
+    @property
+    def recoveries(self) -> int:
+        """Sessions after the first, under this daemon and those before it."""
+        return self.memory.note(Note.RECOVERIES)
 
     async def run(self) -> None:
         """Watches over the migration until it has ended, either way."""
@@ -88,6 +113,8 @@ class IncomingMigration:
     async def close(self) -> None:
         """Frees what is left, after the session has ended."""
         if self.session:
+            if self.phase is Phase.COMPLETE:
+                await self.session.finish()
             await self.session.stop()
         self.pager.remove(self.destination)
         self.destination.close()
@@ -101,8 +128,8 @@ class IncomingMigration:
         if self.ended.is_set():
             raise RefusedError(f"migration {self.name} is {self.phase.value}")
         if self.epoch:
-            self.report.recoveries += 1
-        self.epoch += 1
+            self.memory.set_note(Note.RECOVERIES, self.recoveries + 1)
+        self.memory.set_note(Note.EPOCH, self.epoch + 1)
         if self.phase is Phase.WAITING:
             self.phase = Phase.PREPARING
         self.report.link = None
@@ -129,6 +156,11 @@ class IncomingMigration:
     def switch(self, state: bytes) -> None:
         """The guest has stopped at the source."""
         self.state = state
+        self.keep_state(state)
+        self.memory.set_note(Note.SWITCHED, 1)
+        self._run_guest()
+
+    def _run_guest(self) -> None:
         self.phase = Phase.RUNNING
         self.report.switched = time.monotonic()
         self.ready.set()
@@ -161,16 +193,14 @@ class IncomingMigration:
             with trio.move_on_after(self.settings.dead_after + self.settings.heartbeat):
                 await self.session.over.wait()
                 return
-            raise RefusedError(
-                f"migration {self.name} has a source already: {self.session.control.messages.address}"
-            )
+            raise RefusedError(f"migration {self.name} has a source already: {self.session.control.messages.address}")
 
     async def _watch_events(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self.destination.event_fd)
             events = self.destination.events()
             if events.complete:
-                await self._complete()
+                self._complete()
             elif events.vmm_gone:
                 log.warning("the VMM is gone", extra={"migration": self.name})
                 self.end(Phase.ABANDONED)
@@ -179,10 +209,8 @@ class IncomingMigration:
             if events.urgent_down and self.session:
                 self.session.urgent_ended(events.problem)
 
-    async def _complete(self) -> None:
+    def _complete(self) -> None:
         self.memory.unregister()
-        if self.session:
-            await self.session.finish()
         self.end(Phase.COMPLETE)
         log.info("complete, %d pages", self.memory.pages, extra={"migration": self.name})
 

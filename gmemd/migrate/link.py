@@ -20,8 +20,8 @@ KIND_BEAT = 4
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """Times in seconds: between signs of life, of silence after which a lane is dead, for a hand-shake. `poll_us`: the longest
-    poll before a sleep on the urgent lane, in µs."""
+    """Times in seconds: between signs of life, of silence after which a lane is dead, for a hand-shake. `poll_us`: the
+    longest poll before a sleep on the urgent lane, in µs."""
 
     heartbeat: float = 0.3
     dead_after: float = 1.0
@@ -40,7 +40,8 @@ def tune(lane: trio.socket.SocketType) -> None:
 
 
 class MessageStream:
-    """One connection as messages. Every way that the connection can end raises LinkError, every wrong byte ProtocolError."""
+    """One connection as messages. Every way that the connection can end raises LinkError, every wrong byte
+    ProtocolError."""
 
     def __init__(self, stream: trio.SocketStream, peer: Role, address: str) -> None:
         self.stream = stream

@@ -127,9 +127,20 @@ class PageLanes:
         while (state := await _in_a_thread(push.run, STEP_US)) is not PushState.DONE:
             if state is PushState.FULL:
                 await trio.lowlevel.wait_writable(socket)
+            elif state is PushState.EARLY:
+                await self._hold(push)
         async with self._turn:
             self._pushed[lane] = turn
             self._turn.notify_all()
+
+    async def _hold(self, push: Push) -> None:
+        """Waits as the rate asks, and says meanwhile that we are alive."""
+        pause = self.source.pause
+        while pause > self.settings.heartbeat:
+            await _in_a_thread(push.beat)
+            await trio.sleep(self.settings.heartbeat)
+            pause = self.source.pause
+        await trio.sleep(pause)
 
     async def _next_push(self, lane: int) -> None:
         async with self._turn:

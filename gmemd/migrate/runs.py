@@ -1,4 +1,5 @@
-"""Sets of pages as runs, and their code on the wire: numbers alternately of pages out of the set and in it, each as LEB128."""
+"""Sets of pages as runs, and their code on the wire: numbers alternately of pages out of the set and in it, each as
+LEB128."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,7 @@
 """The destination's end of one source's connections: a control lane, an urgent lane, background lanes.
 
-A session lives as long as its control lane. A page lane may end and be replaced meanwhile; what it lost is found missing at the end,
-and sent again. Another session takes over from the received bitmap.
+A session lives as long as its control lane. A page lane may end and be replaced meanwhile; what it lost is found
+missing at the end, and sent again. Another session takes over from the received bitmap.
 """
 
 import logging
@@ -50,9 +50,7 @@ class PageLane:
 class Session:
     """One source, from its welcome until it goes."""
 
-    def __init__(
-        self, migration: "IncomingMigration", control: ControlLane, hello: wire.Hello, epoch: int
-    ) -> None:
+    def __init__(self, migration: "IncomingMigration", control: ControlLane, hello: wire.Hello, epoch: int) -> None:
         self.migration = migration
         self.control = control
         self.epoch = epoch
@@ -114,9 +112,7 @@ class Session:
     async def _open(self) -> None:
         """Lets the source in: page lanes first, then what is here already."""
         migration = self.migration
-        await self.control.send(
-            wire.Welcome(self.epoch, self.token, self.checksum, migration.report.switched is not None)
-        )
+        await self.control.send(wire.Welcome(self.epoch, self.token, self.checksum, migration.switched))
         with trio.move_on_after(migration.settings.handshake_timeout):
             await self._all_there.wait()
         if not self._all_there.is_set():
@@ -180,7 +176,8 @@ class Session:
         await trio.to_thread.run_sync(take, limiter=self.migration.lane_threads)
 
     async def _look_for_lost(self) -> None:
-        """The source has sent all. What is not here when the lanes have fallen quiet was lost, and is asked for again."""
+        """The source has sent all. What is not here when the lanes have fallen quiet was lost, and is asked for
+        again."""
         memory = self.migration.memory
         quiet = QUIET_SECONDS
         received = -1

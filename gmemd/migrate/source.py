@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 # Between two attempts to connect: at once, then longer, up to this, and not all sources of a host at the same moment.
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
+# A daemon that restarts is back within this; so long, the guest should not wait for us to notice.
+RESTART_SECONDS = 10.0
+RESTART_PAUSE = 0.1
 JITTER = 0.5
 
 
@@ -93,7 +96,8 @@ class OutgoingMigration:
                     raise
             self.progress.phase = "reconnecting" if self.epoch else "connecting"
             await trio.sleep(pause * (1 + JITTER * self._random.random()))
-            pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
+            longest = RESTART_PAUSE if self.epoch and time.monotonic() - lost < RESTART_SECONDS else LONGEST_PAUSE
+            pause = min(longest, max(FIRST_PAUSE, 2 * pause))
 
     def close(self) -> None:
         """Frees what is native."""
@@ -111,14 +115,16 @@ class OutgoingMigration:
         async with messages.stream:
             control = ControlLane(messages, Role.SOURCE)
             welcome = await self._greet(control)
-            self.epoch = welcome.epoch
-            self.progress.phase = "joining"
-            self.progress.trouble = None
-            await _Session(self, control, welcome).run()
+            if welcome:
+                self.epoch = welcome.epoch
+                self.progress.phase = "joining"
+                self.progress.trouble = None
+                await _Session(self, control, welcome).run()
             self.progress.phase = "complete"
             self.progress.completed = time.monotonic()
 
-    async def _greet(self, control: ControlLane) -> wire.Welcome:
+    async def _greet(self, control: ControlLane) -> wire.Welcome | None:
+        """The destination's welcome; None if it has everything already."""
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
         hello = wire.Hello(self.to.migration, self.epoch, self.to.lanes, self.settings.checksum, regions)
         await control.send(hello)
@@ -128,6 +134,8 @@ class OutgoingMigration:
                 if isinstance(message, wire.Waiting):
                     self.progress.phase = "waiting for the VMM there"
                     continue
+                if isinstance(message, wire.Complete):
+                    return None
                 if isinstance(message, wire.Refused | wire.Failed):
                     raise RefusedError(f"{control.messages.address}: refused: {message.why}")
                 return expect(message, wire.Welcome, Role.DESTINATION)

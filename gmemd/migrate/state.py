@@ -1,10 +1,10 @@
-"""The conversation on a control lane, as a table. Both ends run both roles through the same table: what we send is held to the same
-rules as what we receive.
+"""The conversation on a control lane, as a table. Both ends run both roles through the same table: what we send is
+held to the same rules as what we receive.
 
     source                          destination
 
     hello            ─────────▶
-                     ◀─────────     waiting …, welcome          (or refused)
+                     ◀─────────     waiting …, welcome          (or refused, or complete)
     (opens the page lanes)
                      ◀─────────     received …, go              all lanes are there
     state …, switch  ─────────▶                                 unless switched before
@@ -48,6 +48,7 @@ TRANSITIONS: dict[tuple[Phase, Role], dict[type[Message], Phase]] = {
         wire.Waiting: Phase.GREETED,
         wire.Welcome: Phase.JOINING,
         wire.Refused: Phase.ENDED,
+        wire.Complete: Phase.ENDED,
         wire.Failed: Phase.ENDED,
     },
     (Phase.JOINING, S): {wire.Beat: Phase.JOINING},

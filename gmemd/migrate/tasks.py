@@ -1,4 +1,5 @@
-"""Tasks that belong together: the first that fails ends the others, and its error comes out as it is, not in a group."""
+"""Tasks that belong together: the first that fails ends the others, and its error comes out as it is, not in a
+group."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,8 @@ from gmemd.errors import GmemdError
 
 
 class Tasks:
-    """A nursery for tasks that may fail with a GmemdError. Anything else that they raise is a bug, and stays in its group."""
+    """A nursery for tasks that may fail with a GmemdError. Anything else that they raise is a bug, and stays in its
+    group."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.error: GmemdError | None = None
@@ -19,6 +21,10 @@ class Tasks:
     def start(self, task: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Runs `task(*args)` beside the others."""
         self._nursery.start_soon(self._guarded, task, args)
+
+    async def serve(self, task: Callable[..., Awaitable[None]]) -> None:
+        """Runs a task that says when it has started, and waits for that."""
+        await self._nursery.start(task)
 
     def stop(self, error: GmemdError | None = None) -> None:
         """Ends all tasks, because of `error` if one is given."""

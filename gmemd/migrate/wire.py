@@ -1,7 +1,9 @@
-"""The bytes of the control lane, and of every lane's hand-shake, without any I/O. docs/protocol.md is the specification.
+"""The bytes of the control lane, and of every lane's hand-shake, without any I/O. docs/protocol.md is the
+specification.
 
-Each direction of a connection begins with a preamble of 8 bytes, which names the protocol and its version. After it come messages: a length of 4 bytes,
-little-endian, the CRC-32C of the rest, and a msgpack map. Page lanes turn to frames (gmemd/native/frame.h) once their hello has been answered.
+Each direction of a connection begins with a preamble of 8 bytes, which names the protocol and its version. After it
+come messages: a length of 4 bytes, little-endian, the CRC-32C of the rest, and a msgpack map. Page lanes turn to
+frames (gmemd/native/frame.h) once their hello has been answered.
 """
 
 import struct
@@ -51,12 +53,12 @@ def _truth(value: object) -> bool:
 
 
 def valid_id(value: object) -> TypeGuard[str]:
-    """Whether a value may name a migration: 1 to 63 of letters, digits and `-_.:`."""
+    """Whether a value may name a migration: 1 to 63 of letters, digits and `-_.`."""
     return (
         type(value) is str
         and 0 < len(value) <= MAX_ID
         and value.isascii()
-        and all(c.isalnum() or c in "-_.:" for c in value)
+        and all(c.isalnum() or c in "-_." for c in value)
     )
 
 
@@ -185,7 +187,8 @@ class State(Message):
 
 @dataclass(frozen=True, slots=True)
 class Switch(Message):
-    """Source: the guest has stopped here, its state of `size` bytes has been sent; it runs at the destination from now on."""
+    """Source: the guest has stopped here, its state of `size` bytes has been sent; it runs at the destination from now
+    on."""
 
     CHECKS: ClassVar[Mapping[str, Check]] = {"size": _integer(0, 2**32)}
     size: int

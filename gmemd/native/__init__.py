@@ -1,7 +1,7 @@
 """The C helper: userfaultfd, memory files, bitmaps, page frames, and the loops that answer faults.
 
-The classes of this package own what the C side allocates, and keep alive what it points to. A call that fails raises one of
-`gmemd.errors`, with the message that the C side wrote. Every call releases the GIL.
+The classes of this package own what the C side allocates, and keep alive what it points to. A call that fails raises
+one of `gmemd.errors`, with the message that the C side wrote. Every call releases the GIL.
 """
 
 from gmemd.native._errors import check, checked

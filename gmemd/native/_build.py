@@ -19,6 +19,7 @@ HEADERS = [
     "crc32c.h",
     "histogram.h",
     "trace.h",
+    "trace_code.h",
     "waits.h",
     "destination.h",
     "lane.h",
@@ -26,6 +27,7 @@ HEADERS = [
     "source.h",
     "push.h",
     "server.h",
+    "player.h",
     "measure.h",
     "probe.h",
 ]

@@ -25,7 +25,8 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A thread that waits for a page, since a time of CLOCK_MONOTONIC in ns; thread 0 is one that the VMM does not tell."""
+    """A thread that waits for a page, since a time of CLOCK_MONOTONIC in ns; thread 0 is one that the VMM does not
+    tell."""
 
     region: int
     page: int
@@ -101,7 +102,8 @@ class Destination:
 
 
 class Lane:
-    """The receiving end of a page lane. Lane 0 is the urgent one; `socket` is a non-blocking descriptor, the caller's."""
+    """The receiving end of a page lane. Lane 0 is the urgent one; `socket` is a non-blocking descriptor, the
+    caller's."""
 
     def __init__(self, destination: Destination, lane: int, socket: int, *, checksum: bool) -> None:
         self.destination = destination

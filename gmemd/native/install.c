@@ -23,22 +23,15 @@
 
 #include "guard.h"
 #include "memfile.h"
+#include "memory_layout.h"
 #include "uffd.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
 
-/* A slot's span: count 7 bits, region 16 bits, first page 40 bits (4 PiB of base pages). */
-enum { COUNT_BITS = 7, REGION_BITS = 16 };
-
 /* A hole is made present and mapped in two steps, and the VMM may take the page out in between; then again, but not for ever. */
 enum { HOLE_ATTEMPTS = 8 };
-
-static uint64_t span_of(const struct gm_region *r, uint64_t first, unsigned count)
-{
-    return first << (COUNT_BITS + REGION_BITS) | (uint64_t)r->index << COUNT_BITS | count;
-}
 
 static void wait_for_events(const struct gm_destination *d)
 {
@@ -63,7 +56,7 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
     };
     wait_for_events(d);
     atomic_store(&in->slot->removed, 0);
-    atomic_store(&in->slot->span, span_of(r, first, count));
+    atomic_store(&in->slot->span, gm_span_word((struct gm_span){first, r->index, count}));
     in->claimed = gm_bitmap_claim(r->claimed, first, count);
     GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(frame_mask(count) & ~in->claimed));
 }
@@ -219,17 +212,20 @@ static void note_removed(struct gm_destination *d, const struct gm_region *r, ui
 {
     for (unsigned i = 0; i < GM_MAX_LANES; i++) {
         struct gm_inflight *slot = &d->memory->state->inflight[i];
-        uint64_t span = atomic_load(&slot->span);
-        uint64_t at = span >> (COUNT_BITS + REGION_BITS), mask = 0;
+        uint64_t word = atomic_load(&slot->span), mask = 0;
+        struct gm_span span = gm_span_read(word);
 
-        if (!span || (span >> COUNT_BITS & 0xffff) != r->index)
+        if (!word || span.region != r->index)
             continue;
-        for (unsigned bit = 0; bit < (span & 127); bit++)
-            if (at + bit >= first && at + bit - first < 64 && pages >> (at + bit - first) & 1)
+        for (unsigned bit = 0; bit < span.count; bit++) {
+            uint64_t page = span.first + bit;
+
+            if (page >= first && page - first < 64 && pages >> (page - first) & 1)
                 mask |= UINT64_C(1) << bit;
+        }
         atomic_fetch_or(&slot->removed, mask);
         /* The lane may have gone on to another frame; it cannot have looked at the note yet. */
-        if (atomic_load(&slot->span) != span)
+        if (atomic_load(&slot->span) != word)
             atomic_fetch_and(&slot->removed, ~mask);
     }
 }

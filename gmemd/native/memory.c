@@ -2,6 +2,7 @@
 
 #include "cleanup.h"
 #include "memfile.h"
+#include "memory_layout.h"
 #include "uffd.h"
 
 #include <errno.h>
@@ -12,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { STATE_VERSION = 1 };
+const char gm_state_magic[8] = "GMSTATE";
 
 static size_t bitmap_bytes(uint64_t pages)
 {
@@ -50,11 +51,11 @@ static void describe(struct gm_state *state, const char *migration, const struct
     strncpy(state->migration, migration, GM_ID_BYTES - 1);
     state->size = at;
     state->regions = count;
-    state->version = STATE_VERSION;
-    memcpy(state->magic, "GMSTATE", 8);
+    state->version = GM_STATE_VERSION;
+    memcpy(state->magic, gm_state_magic, sizeof state->magic);
 }
 
-static void bind_region(struct gm_memory *m, unsigned index, int fd, int uffd)
+void gm_memory_bind(struct gm_memory *m, unsigned index, int fd, int uffd)
 {
     const struct gm_state_region *known = &m->state->region[index];
 
@@ -62,6 +63,7 @@ static void bind_region(struct gm_memory *m, unsigned index, int fd, int uffd)
         .index = index,
         .fd = fd,
         .uffd = uffd,
+        .populate = (enum gm_populate)known->populate,
         .page_shift = known->page_shift,
         .offset = known->offset,
         .pages = known->pages,
@@ -73,33 +75,51 @@ static void bind_region(struct gm_memory *m, unsigned index, int fd, int uffd)
     m->pages += known->pages;
 }
 
+struct gm_memory *gm_memory_around(struct gm_state *state, struct gm_problem *ret)
+{
+    struct gm_memory *m = calloc(1, sizeof *m + state->regions * sizeof m->region[0]);
+
+    if (!m) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "memory of %u regions", state->regions);
+        munmap(state, state->size);
+        return NULL;
+    }
+    m->state = state;
+    m->state_fd = -1;
+    m->count = state->regions;
+    return m;
+}
+
+/* A new state, sealed against changes of its size, with everything in it but what pages are received. */
+static struct gm_state *new_state(int fd, const char *migration, const struct gm_region_spec *specs,
+                                  unsigned count, struct gm_problem *ret)
+{
+    size_t size = state_size(specs, count);
+    struct gm_state *state = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    if (state == MAP_FAILED || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+        gm_blame(ret, GM_KERNEL, errno, "state of %zu bytes", size);
+        if (state != MAP_FAILED)
+            munmap(state, size);
+        return NULL;
+    }
+    describe(state, migration, specs, count);
+    return state;
+}
+
 struct gm_memory *gm_memory_new(const char *migration, const struct gm_region_spec *specs, unsigned count,
                                 struct gm_problem *ret)
 {
-    size_t size = state_size(specs, count);
-    struct gm_memory *m = calloc(1, sizeof *m + count * sizeof m->region[0]);
-    int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    gm_auto_fd fd = gm_memfile_memfd("gmemd-state", state_size(specs, count), 0, ret);
+    struct gm_state *state = fd < 0 ? NULL : new_state(fd, migration, specs, count, ret);
+    struct gm_memory *m = state ? gm_memory_around(state, ret) : NULL;
 
-    if (!m) {
-        gm_blame(ret, GM_KERNEL, ENOMEM, "memory of %u regions", count);
+    if (!m)
         return NULL;
-    }
-    m->state = MAP_FAILED;
-    m->state_fd = gm_memfile_memfd("gmemd-state", size, 0, ret);
-    if (m->state_fd < 0) {
-        gm_memory_free(m);
-        return NULL;
-    }
-    m->state = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, m->state_fd, 0);
-    if (m->state == MAP_FAILED || fcntl(m->state_fd, F_ADD_SEALS, seals) < 0) {
-        gm_blame(ret, GM_KERNEL, errno, "state of %zu bytes", size);
-        gm_memory_free(m);
-        return NULL;
-    }
-    describe(m->state, migration, specs, count);
-    m->count = count;
+    m->state_fd = fd;
+    fd = -1;
     for (unsigned i = 0; i < count; i++)
-        bind_region(m, i, specs[i].fd, specs[i].uffd);
+        gm_memory_bind(m, i, specs[i].fd, specs[i].uffd);
     return m;
 }
 
@@ -110,11 +130,48 @@ void gm_memory_free(struct gm_memory *m)
     for (unsigned i = 0; i < m->count; i++)
         if (m->region[i].alias)
             munmap(m->region[i].alias, gm_bytes(&m->region[i], m->region[i].pages));
-    if (m->state != MAP_FAILED)
-        munmap(m->state, m->state->size);
+    munmap(m->state, m->state->size);
     if (m->state_fd >= 0)
         close(m->state_fd);
     free(m);
+}
+
+uint64_t gm_memory_note(const struct gm_memory *m, int note)
+{
+    return atomic_load(&m->state->note[note]);
+}
+
+void gm_memory_set_note(struct gm_memory *m, int note, uint64_t value)
+{
+    atomic_store(&m->state->note[note], value);
+}
+
+const char *gm_memory_migration(const struct gm_memory *m)
+{
+    return m->state->migration;
+}
+
+unsigned gm_memory_regions(const struct gm_memory *m)
+{
+    return m->count;
+}
+
+void gm_memory_region(const struct gm_memory *m, unsigned region, struct gm_region_spec *out, int *populate)
+{
+    const struct gm_state_region *known = &m->state->region[region];
+
+    *out = (struct gm_region_spec){
+        .fd = m->region[region].fd,
+        .uffd = m->region[region].uffd,
+        .file_name = known->file_name,
+        .uffd_name = known->uffd_name,
+        .offset = known->offset,
+        .pages = known->pages,
+        .gpa = known->gpa,
+        .hva = known->hva,
+        .page_shift = known->page_shift,
+    };
+    *populate = (int)known->populate;
 }
 
 int gm_memory_state_fd(const struct gm_memory *m)
@@ -177,6 +234,7 @@ int gm_memory_register(struct gm_memory *m, struct gm_problem *ret)
             return gm_blame_in(ret, &why, "region %u", i);
         modes &= got;
     }
+    gm_memory_set_note(m, GM_NOTE_TRAP, (uint64_t)modes);
     return modes;
 }
 

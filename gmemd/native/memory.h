@@ -46,7 +46,28 @@ struct gm_memory;
 
 struct gm_memory *gm_memory_new(const char *migration, const struct gm_region_spec *specs, unsigned count,
                                 struct gm_problem *ret);
+/*
+ * Takes over the memory of a daemon that has ended, from its state. `fds` are the VMM's descriptors in their first order; they and
+ * `state_fd` stay the caller's. Nothing is touched unless all of the state makes sense.
+ */
+struct gm_memory *gm_memory_adopt(int state_fd, const int *fds, unsigned count, struct gm_problem *ret);
 void gm_memory_free(struct gm_memory *m);
+
+/* Numbers that outlive a daemon. */
+enum gm_note {
+    GM_NOTE_EPOCH,      /* of the latest session */
+    GM_NOTE_SWITCHED,   /* 1: the guest has left its source; 2: and the VMM here knows */
+    GM_NOTE_RECOVERIES, /* sessions after the first */
+    GM_NOTE_TRAP,       /* GM_UFFD_ modes of the registration, 0 if there was none yet */
+    GM_NOTES,
+};
+uint64_t gm_memory_note(const struct gm_memory *m, int note);
+void gm_memory_set_note(struct gm_memory *m, int note, uint64_t value);
+const char *gm_memory_migration(const struct gm_memory *m);
+unsigned gm_memory_regions(const struct gm_memory *m);
+/* What is known of a region; the descriptors are those of this process. */
+void gm_memory_region(const struct gm_memory *m, unsigned region, struct gm_region_spec *out, int *populate);
+
 int gm_memory_state_fd(const struct gm_memory *m);
 uint64_t gm_memory_pages(const struct gm_memory *m);
 uint64_t gm_memory_received(const struct gm_memory *m);
@@ -77,19 +98,24 @@ struct gm_inflight {
     gm_word removed; /* pages of it that the VMM took out meanwhile */
 };
 
+/*
+ * The state's layout is part of the interface between versions of gmemd: fields stay where they are, and later versions take theirs from
+ * `reserved`, which is zero.
+ */
 struct gm_state_region {
     uint64_t offset, pages, gpa, hva;
     uint32_t page_shift, file_name, uffd_name, populate;
     uint64_t claimed_at, received_at; /* where in the state its bitmaps begin */
+    uint64_t reserved[8];
 };
 
 struct gm_state {
-    char magic[8];
+    char magic[8]; /* "GMSTATE" */
     uint32_t version, regions;
     uint64_t size;
-    _Atomic uint64_t epoch;
-    _Atomic uint64_t switched; /* the guest may run here */
     char migration[GM_ID_BYTES];
+    _Atomic uint64_t note[GM_NOTES];
+    uint64_t reserved[64 - GM_NOTES];
     struct gm_inflight inflight[GM_MAX_LANES];
     struct gm_state_region region[];
 };

@@ -26,6 +26,17 @@ _POPULATE = {
 }
 
 
+_WAYS = {native: way for way, native in _POPULATE.items()}
+
+
+class Note(Enum):
+    """What outlives the daemon, beside the bitmaps."""
+
+    EPOCH = lib.GM_NOTE_EPOCH
+    SWITCHED = lib.GM_NOTE_SWITCHED
+    RECOVERIES = lib.GM_NOTE_RECOVERIES
+    TRAP = lib.GM_NOTE_TRAP
+
 
 def native_populate(how: Populate) -> int:
     """The `enum gm_populate` of a way."""
@@ -42,7 +53,8 @@ TRAPS = {
 class Region:
     """One contiguous piece of guest memory.
 
-    `offset`, `size` and `page_size` in bytes; `gpa` is its guest physical address; `hva` where the VMM has mapped it, 0 at a source.
+    `offset`, `size` and `page_size` in bytes; `gpa` is its guest physical address; `hva` where the VMM has mapped it,
+    0 at a source.
     `file` and `uffd` count the VMM's descriptors.
     """
 
@@ -69,19 +81,67 @@ class Memory:
     def __init__(
         self, migration: str, regions: Sequence[Region], files: Sequence[int], uffds: Sequence[int] = ()
     ) -> None:
-        self.regions = tuple(regions)
-        specs = ffi.new("struct gm_region_spec[]", len(self.regions))
-        for spec, region in zip(specs, self.regions, strict=True):
+        specs = ffi.new("struct gm_region_spec[]", len(regions))
+        for spec, region in zip(specs, regions, strict=True):
             spec.fd = files[region.file]
             spec.uffd = uffds[region.uffd] if uffds else -1
             spec.file_name, spec.uffd_name = region.file, region.uffd
             spec.offset, spec.pages = region.offset, region.pages
             spec.gpa, spec.hva, spec.page_shift = region.gpa, region.hva, region.page_shift
-        self.native: Any = ffi.gc(
-            checked(lib.gm_memory_new, migration.encode(), specs, len(self.regions)), lib.gm_memory_free
-        )
-        self.pages: int = lib.gm_memory_pages(self.native)
+        self._own(checked(lib.gm_memory_new, migration.encode(), specs, len(regions)))
+
+    @classmethod
+    def adopt(cls, state: int, fds: Sequence[int]) -> Self:
+        """Takes over from a daemon that has ended: its state memfd, and the VMM's descriptors in their first order."""
+        memory = cls.__new__(cls)
+        memory._own(checked(lib.gm_memory_adopt, state, list(fds), len(fds)))
+        return memory
+
+    def _own(self, native: Any) -> None:
+        self.native: Any = ffi.gc(native, lib.gm_memory_free)
+        self.pages: int = lib.gm_memory_pages(native)
         self.populate: dict[int, Populate] = {}
+        regions = []
+        spec, populate = ffi.new("struct gm_region_spec *"), ffi.new("int *")
+        for index in range(lib.gm_memory_regions(native)):
+            lib.gm_memory_region(native, index, spec, populate)
+            page_size = 1 << spec.page_shift
+            regions.append(
+                Region(
+                    offset=spec.offset,
+                    size=spec.pages * page_size,
+                    page_size=page_size,
+                    gpa=spec.gpa,
+                    hva=spec.hva,
+                    file=spec.file_name,
+                    uffd=spec.uffd_name,
+                )
+            )
+            if populate[0] in _WAYS:
+                self.populate[index] = _WAYS[populate[0]]
+        self.regions = tuple(regions)
+
+    @property
+    def migration(self) -> str:
+        """The migration's name."""
+        return bytes(ffi.string(lib.gm_memory_migration(self.native))).decode(errors="replace")
+
+    @property
+    def state_fd(self) -> int:
+        """The memfd that a successor needs."""
+        return int(lib.gm_memory_state_fd(self.native))
+
+    def note(self, note: Note) -> int:
+        """A number that outlives the daemon."""
+        return int(lib.gm_memory_note(self.native, note.value))
+
+    def set_note(self, note: Note, value: int) -> None:
+        lib.gm_memory_set_note(self.native, note.value, value)
+
+    @property
+    def trap(self) -> str:
+        """How faults are caught, "minor" or "missing+minor"; "" before the registration."""
+        return TRAPS.get(self.note(Note.TRAP), "")
 
     @property
     def size(self) -> int:
@@ -98,9 +158,13 @@ class Memory:
         check(lib.gm_memory_set_populate, self.native, region, native_populate(how))
         self.populate[region] = how
 
-    def register(self) -> str:
-        """Registers all regions with their userfaultfds; returns the trap mode, "minor" or "missing+minor"."""
-        return TRAPS[check(lib.gm_memory_register, self.native)]
+    def register(self) -> None:
+        """Registers all regions with their userfaultfds."""
+        check(lib.gm_memory_register, self.native)
+
+    def wake(self) -> None:
+        """Makes every thread that waits fault again."""
+        check(lib.gm_memory_wake, self.native)
 
     def unregister(self) -> None:
         """Lets go of all regions: absent pages are zero from then on. Only when nothing is missing."""

@@ -46,6 +46,8 @@ int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
 
         if (left)
             return left < 0 ? -1 : GM_PUSH_FULL;
+        if (gm_source_pause_us(source))
+            return GM_PUSH_EARLY;
         if (!gm_source_next(source, &region, &first, &count))
             return GM_PUSH_DONE;
         if (gm_sender_add(&p->sender, region, first, count, ret) < 0)

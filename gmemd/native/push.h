@@ -11,6 +11,7 @@
 enum gm_push_state {
     GM_PUSH_FULL, /* wait until the socket is writable */
     GM_PUSH_BUSY, /* the budget is used up */
+    GM_PUSH_EARLY, /* the rate allows no more now: wait gm_source_pause_us() */
     GM_PUSH_DONE, /* every page is taken by some lane, and what this one took has gone */
 };
 

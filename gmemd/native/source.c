@@ -1,6 +1,7 @@
 #include "source.h"
 
 #include "cleanup.h"
+#include "clock.h"
 #include "memfile.h"
 
 #include <errno.h>
@@ -56,6 +57,31 @@ void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64
     gm_bitmap_set(s->memory->region[region].claimed, first, count);
 }
 
+void gm_source_set_rate(struct gm_source *s, uint64_t bytes_per_s)
+{
+    GM_LOCKED(&s->lock);
+
+    s->rate = bytes_per_s;
+    s->due_ns = 0;
+}
+
+uint64_t gm_source_pause_us(struct gm_source *s)
+{
+    GM_LOCKED(&s->lock);
+    uint64_t now = gm_now_ns();
+
+    return s->rate && s->due_ns > now ? (s->due_ns - now) / 1000 : 0;
+}
+
+/* A pause is not made up for later. */
+static void pace(struct gm_source *s, uint64_t bytes)
+{
+    uint64_t now = gm_now_ns();
+
+    if (s->rate)
+        s->due_ns = (s->due_ns > now ? s->due_ns : now) + bytes * 1000000000 / s->rate;
+}
+
 unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, uint64_t *pairs, unsigned most)
 {
     struct gm_region *r = &s->memory->region[region];
@@ -107,8 +133,10 @@ bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64
             *first = s->page + at;
             *count = run;
             s->page = end;
-            if (run)
-                return true;
+            if (!run)
+                continue;
+            pace(s, gm_bytes(r, run));
+            return true;
         }
     }
     return false;

@@ -25,6 +25,11 @@ struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret);
 void gm_source_free(struct gm_source *s);
 void gm_source_counters(const struct gm_source *s, struct gm_source_counters *out);
 
+/* The background sends at most so many bytes a second, 0 as many as it can; faults are never held back. */
+void gm_source_set_rate(struct gm_source *s, uint64_t bytes_per_s);
+/* How long the background has to hold its breath now, in µs. */
+uint64_t gm_source_pause_us(struct gm_source *s);
+
 /* Begins anew: every page is still to be sent, but for those that gm_source_skip() names next. */
 void gm_source_restart(struct gm_source *s);
 void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count);
@@ -41,6 +46,7 @@ struct gm_source {
     pthread_mutex_t lock; /* of the cursor */
     unsigned region;
     uint64_t page;
+    uint64_t rate, due_ns; /* with a rate: when what has been taken so far will have gone */
     struct {
         _Atomic uint64_t urgent_pages, background_pages, zero_pages, sent_bytes;
     } n;

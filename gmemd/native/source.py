@@ -34,6 +34,15 @@ class Source:
             if found:
                 yield [(pairs[2 * i], pairs[2 * i + 1]) for i in range(found)]
 
+    def set_rate(self, bytes_per_s: int) -> None:
+        """The background sends at most so much, 0 as much as it can; faults are never held back."""
+        lib.gm_source_set_rate(self.native, bytes_per_s)
+
+    @property
+    def pause(self) -> float:
+        """Seconds that the background has to wait now."""
+        return int(lib.gm_source_pause_us(self.native)) / 1e6
+
     def counters(self) -> dict[str, int]:
         """Counts since the beginning, by name."""
         out = ffi.new("struct gm_source_counters *")
@@ -45,10 +54,11 @@ class Source:
 
 
 class PushState(Enum):
-    """Why a push returned: the socket is full, the budget is used up, or all is sent."""
+    """Why a push returned: the socket is full, the budget is used up, the rate allows no more now, or all is sent."""
 
     FULL = lib.GM_PUSH_FULL
     BUSY = lib.GM_PUSH_BUSY
+    EARLY = lib.GM_PUSH_EARLY
     DONE = lib.GM_PUSH_DONE
 
 

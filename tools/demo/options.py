@@ -2,6 +2,8 @@
 
 import argparse
 
+from gmemd_tools.demo.inject import KINDS
+
 PATTERNS = ("sequential", "random", "strided", "hotset")
 
 
@@ -18,3 +20,10 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trace", metavar="DIR", help="record the guest's faults there")
     command.add_argument("--seed", type=int, default=1, metavar="N")
     command.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
+    command.add_argument(
+        "--inject",
+        action="append",
+        default=[],
+        metavar="FAULT[@PERCENT]",
+        help=f"break something when so much of the memory has arrived (50): {', '.join(KINDS)}; may be repeated",
+    )

@@ -1,0 +1,131 @@
+"""A process that does nothing but keep descriptors: what systemd's store is for a service, for a daemon without
+systemd.
+
+It takes the same datagrams as the service manager (FDSTORE=1, FDSTOREREMOVE=1, FDNAME=), on a socket at a path, and
+one more: FDLIST=1 comes with a socket, over which it hands everything back, and which stays open as long as the daemon
+lives. It ends when there is neither a daemon nor anything to keep.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from gmemd.errors import UnavailableError
+
+MAX_DATAGRAM = 4096
+MAX_DESCRIPTORS = 253  # the kernel's limit of one message
+END = b"FDEND=1"
+ANSWER_SECONDS = 5.0
+
+
+class Holder:
+    """Keeps descriptors by name."""
+
+    def __init__(self, inbox: socket.socket) -> None:
+        self._inbox = inbox
+        self._kept: dict[str, list[int]] = {}
+        self._daemons: set[socket.socket] = set()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(inbox, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Until nobody needs us."""
+        heard = False
+        while not heard or self._kept or self._daemons:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._inbox:
+                    heard = True
+                    self._take()
+                else:
+                    self._hang_up(key.fileobj)
+
+    def _take(self) -> None:
+        data, fds, _, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)
+        fields = dict(line.partition("=")[::2] for line in data.decode(errors="replace").splitlines())
+        name = fields.get("FDNAME", "")
+        if "FDSTORE" in fields and name:
+            self._kept.setdefault(name, []).extend(fds)
+        elif "FDLIST" in fields and fds:
+            self._give_back(socket.socket(fileno=fds.pop(0)))
+            _close(fds)
+        else:
+            _close(fds)
+            if "FDSTOREREMOVE" in fields:
+                _close(self._kept.pop(name, []))
+
+    def _give_back(self, daemon: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for name, fds in self._kept.items():
+                for fd in fds:
+                    socket.send_fds(daemon, [f"FDNAME={name}".encode()], [fd])
+            daemon.send(END)
+        self._daemons.add(daemon)
+        self._selector.register(daemon, selectors.EVENT_READ)
+
+    def _hang_up(self, daemon: object) -> None:
+        assert isinstance(daemon, socket.socket)
+        self._selector.unregister(daemon)
+        self._daemons.discard(daemon)
+        daemon.close()
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
+    """What the holder at `path` keeps, by name, and the socket that tells it that we live. Starts a holder if there is
+    none."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        try:
+            out.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            _start(path)
+            out.connect(str(path))
+        socket.send_fds(out, [b"FDLIST=1"], [theirs.fileno()])
+    ours.settimeout(ANSWER_SECONDS)
+    kept: dict[str, list[int]] = {}
+    try:
+        while True:
+            data, fds, _, _ = socket.recv_fds(ours, MAX_DATAGRAM, MAX_DESCRIPTORS)
+            if not data or data == END:
+                return ours, kept
+            kept.setdefault(data.decode().partition("=")[2], []).extend(fds)
+    except OSError as error:
+        raise UnavailableError(f"{path}: the holder of descriptors does not answer: {error}") from None
+
+
+def _start(path: Path) -> None:
+    """Starts a holder that outlives us. Its socket is there before it is, so nobody has to wait."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+        old_umask = os.umask(0o177)
+        try:
+            inbox.bind(str(path))
+        finally:
+            os.umask(old_umask)
+        subprocess.Popen(
+            [sys.executable, "-m", "gmemd.holder", str(inbox.fileno()), str(path)],
+            pass_fds=[inbox.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def main() -> None:
+    """The process: a descriptor of its socket, and the path of that."""
+    fd, path = sys.argv[1:]
+    with socket.socket(fileno=int(fd)) as inbox:
+        Holder(inbox).run()
+        Path(path).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

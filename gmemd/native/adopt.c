@@ -1,0 +1,153 @@
+/*
+ * A successor takes a migration over from the state memfd. Whatever its predecessor was doing when it died, a page is in one of two
+ * conditions: received, and then it is to be continued again; or not, and then it is to be asked for again, whoever had claimed it.
+ */
+#include "cleanup.h"
+#include "memfile.h"
+#include "memory.h"
+#include "memory_layout.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+static bool bitmap_fits(const struct gm_state *state, uint64_t at, uint64_t pages)
+{
+    uint64_t bytes = gm_bitmap_words(pages) * sizeof(gm_word);
+
+    return at % sizeof(gm_word) == 0 && at >= sizeof *state && at <= state->size && bytes <= state->size - at;
+}
+
+static const char *wrong_with_region(const struct gm_state *state, const struct gm_state_region *r, unsigned fds)
+{
+    if (r->pages == 0 || r->pages > UINT64_C(1) << 40)
+        return "its number of pages";
+    if (r->page_shift < 12 || r->page_shift > GM_MAX_PAGE_SHIFT)
+        return "its page size";
+    if (r->file_name >= fds || r->uffd_name >= fds)
+        return "its descriptors";
+    if (r->populate < GM_POPULATE_WRITE || r->populate > GM_POPULATE_COPY)
+        return "its way to populate";
+    if (!bitmap_fits(state, r->claimed_at, r->pages) || !bitmap_fits(state, r->received_at, r->pages))
+        return "where its bitmaps are";
+    return NULL;
+}
+
+static int check_state(const struct gm_state *state, uint64_t file_size, unsigned fds, struct gm_problem *ret)
+{
+    if (memcmp(state->magic, gm_state_magic, sizeof state->magic))
+        return gm_blame(ret, GM_VMM, 0, "not a state of gmemd");
+    if (state->version == 0 || state->version > GM_STATE_VERSION)
+        return gm_blame(ret, GM_VMM, 0, "state of version %u (this gmemd knows up to %d)", state->version,
+                        GM_STATE_VERSION);
+    if (state->size != file_size || state->regions == 0 || state->regions > GM_MAX_REGIONS ||
+        sizeof *state + state->regions * sizeof state->region[0] > file_size)
+        return gm_blame(ret, GM_VMM, 0, "state damaged: %u regions, %llu bytes of %llu", state->regions,
+                        (unsigned long long)state->size, (unsigned long long)file_size);
+    if (!memchr(state->migration, 0, sizeof state->migration))
+        return gm_blame(ret, GM_VMM, 0, "state damaged: its migration has no name");
+    for (unsigned i = 0; i < state->regions; i++) {
+        const char *wrong = wrong_with_region(state, &state->region[i], fds);
+
+        if (wrong)
+            return gm_blame(ret, GM_VMM, 0, "state damaged: region %u: %s", i, wrong);
+    }
+    return 0;
+}
+
+static struct gm_state *map_state(int fd, unsigned fds, struct gm_problem *ret)
+{
+    int seals = fcntl(fd, F_GET_SEALS);
+    struct gm_state *state;
+    struct stat st;
+
+    if (fstat(fd, &st) < 0 || seals < 0 || !(seals & F_SEAL_SHRINK) || st.st_size < (off_t)sizeof *state) {
+        gm_blame(ret, GM_VMM, 0, "not a state of gmemd: no sealed memfd of at least %zu bytes", sizeof *state);
+        return MAP_FAILED;
+    }
+    state = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (state == MAP_FAILED) {
+        gm_blame(ret, GM_KERNEL, errno, "state of %llu bytes", (unsigned long long)st.st_size);
+    } else if (check_state(state, (uint64_t)st.st_size, fds, ret) < 0) {
+        munmap(state, (size_t)st.st_size);
+        state = MAP_FAILED;
+    }
+    return state;
+}
+
+/* A page that the VMM took out while a lane was populating it: zero, and received. */
+static int finish_removals(struct gm_memory *m, struct gm_problem *ret)
+{
+    for (unsigned i = 0; i < GM_MAX_LANES; i++) {
+        struct gm_inflight *slot = &m->state->inflight[i];
+        uint64_t removed = atomic_load(&slot->removed);
+        struct gm_span span = gm_span_read(atomic_load(&slot->span));
+
+        for (unsigned bit = 0; bit < span.count && span.region < m->count; bit++) {
+            struct gm_region *r = &m->region[span.region];
+            uint64_t page = span.first + bit;
+            int error;
+
+            if (!(removed >> bit & 1) || page >= r->pages || gm_bitmap_test(r->received, page))
+                continue;
+            error = gm_memfile_punch(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
+            if (error)
+                return gm_blame(ret, GM_KERNEL, -error, "region %u: page %llu", r->index,
+                                (unsigned long long)page);
+            gm_bitmap_set(r->received, page, 1);
+        }
+        atomic_store(&slot->span, 0);
+    }
+    return 0;
+}
+
+/* Claims that nobody holds any more are given back. */
+static void forget_claims(struct gm_memory *m)
+{
+    uint64_t received = 0;
+
+    for (unsigned i = 0; i < m->count; i++) {
+        struct gm_region *r = &m->region[i];
+
+        for (size_t word = 0; word < gm_bitmap_words(r->pages); word++)
+            atomic_store(&r->claimed[word], atomic_load(&r->received[word]));
+        received += gm_bitmap_count(r->received, r->pages);
+        atomic_store(&r->soiled, true);
+    }
+    atomic_store(&m->received, received);
+}
+
+static int map_aliases(struct gm_memory *m, struct gm_problem *ret)
+{
+    for (unsigned i = 0; i < m->count; i++)
+        if (m->region[i].populate != GM_POPULATE_WRITE && gm_region_map_alias(&m->region[i], ret) < 0)
+            return -1;
+    return 0;
+}
+
+struct gm_memory *gm_memory_adopt(int state_fd, const int *fds, unsigned count, struct gm_problem *ret)
+{
+    struct gm_state *state = map_state(state_fd, count, ret);
+    struct gm_memory *m;
+
+    if (state == MAP_FAILED)
+        return NULL;
+    m = gm_memory_around(state, ret);
+    if (!m)
+        return NULL;
+    m->state_fd = fcntl(state_fd, F_DUPFD_CLOEXEC, 0);
+    for (unsigned i = 0; i < m->count; i++)
+        gm_memory_bind(m, i, fds[state->region[i].file_name], fds[state->region[i].uffd_name]);
+    if (m->state_fd < 0 || map_aliases(m, ret) < 0 || finish_removals(m, ret) < 0) {
+        if (m->state_fd < 0)
+            gm_blame(ret, GM_KERNEL, errno, "state");
+        gm_memory_free(m);
+        return NULL;
+    }
+    forget_claims(m);
+    state->version = GM_STATE_VERSION;
+    return m;
+}

@@ -1,0 +1,84 @@
+"""A demo as asked for: the command lines of its processes."""
+
+import argparse
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIGRATION = "demo"
+
+
+def _free_port() -> int:
+    """A port that a daemon can come back to after it was killed."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the processes are told. `rate`: bytes/s of the background, 0 for no limit."""
+
+    options: argparse.Namespace
+    directory: Path
+    rate: int = 0
+    port: int = field(default_factory=_free_port)
+
+    @property
+    def status_socket(self) -> Path:
+        return self.directory / "status.sock"
+
+    def daemon(self) -> list[str]:
+        return ["serve", f"--config={self._config()}", f"--fd-store={self.directory / 'store.sock'}"]
+
+    def source(self) -> list[str]:
+        o = self.options
+        return ["source", f"--listen={self._vmm}", *self._machine(), f"--pattern={o.pattern}", f"--seed={o.seed}"]
+
+    def destination(self) -> list[str]:
+        return ["destination", f"--gmemd={self._handoff}", f"--migration={MIGRATION}", *self._machine()]
+
+    def sender(self, port: int) -> list[str]:
+        return [
+            f"127.0.0.1:{port}",
+            f"--migration={MIGRATION}",
+            f"--vmm={self._vmm}",
+            f"--lanes={self.options.lanes}",
+            f"--rate={self.rate}",
+            "--json",
+        ]
+
+    @property
+    def _handoff(self) -> Path:
+        return self.directory / "gmemd.sock"
+
+    @property
+    def _vmm(self) -> Path:
+        return self.directory / "source.sock"
+
+    def _machine(self) -> list[str]:
+        """What both VMMs must agree on."""
+        o = self.options
+        return [
+            f"--memory={o.memory}",
+            f"--vcpus={o.vcpus}",
+            f"--regions={o.regions}",
+            f"--backing={o.backing}",
+            f"--guest={o.guest}",
+        ]
+
+    def _config(self) -> Path:
+        path = self.directory / "gmemd.toml"
+        trace = f'directory = "{Path(self.options.trace).absolute()}"' if self.options.trace else ""
+        path.write_text(
+            f"""[daemon]
+socket = "{self._handoff}"
+status_socket = "{self.status_socket}"
+[network]
+listen = "127.0.0.1:{self.port}"
+[paging]
+populate = "{self.options.populate}"
+[trace]
+{trace}
+"""
+        )
+        return path
