@@ -26,9 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_check(
-    check: str, program: Path, lacking: Callable[[str], None], request: pytest.FixtureRequest
-) -> None:
+def test_check(check: str, program: Path, lacking: Callable[[str], None], request: pytest.FixtureRequest) -> None:
     done = subprocess.run([program, check], capture_output=True, text=True, timeout=SECONDS)
     if done.returncode == SKIP:
         lacking(done.stderr.strip())
