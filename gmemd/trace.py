@@ -1,5 +1,4 @@
-"""Trace files: every fault of a migration in a few bytes, readable up to where a crash cut it off. docs/trace.md is
-the format."""
+"""Trace files: every fault of a migration in few bytes, readable up to where a crash cut them off: docs/trace.md."""
 
 import json
 import logging
@@ -9,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from gmemd.errors import DataError
 from gmemd.migrate.wire import MAX_REGIONS, valid_id
@@ -51,8 +50,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceHeader:
-    """What a trace is of, and when it began, in ns on both clocks. Of a region, `gpa`, `size` and `page_size` are
-    known."""
+    """What a trace is of, and when it began, in ns on both clocks. Its regions have `gpa`, `size` and `page_size`."""
 
     migration: str
     realtime_ns: int
@@ -69,10 +67,10 @@ class TraceWriter:
     """Writes a migration's faults to the file `path`.
 
     With `max_bytes`, it is instead a row of files beside it: NAME.0.gmtrace, NAME.1.gmtrace, …, the oldest of them
-    deleted so that together they stay within that (or within four headers, each with a block). An earlier row of the
+    deleted so that together they stay within that, or within four headers, each with a block. An earlier row of the
     same name is continued.
 
-    Writes go to the disk at once, and raise OSError. What was written before stays readable.
+    Writes go to the file at once, and raise OSError. What was written before stays readable.
     """
 
     def __init__(self, path: Path, migration: str, regions: Sequence[Region], max_bytes: int | None = None) -> None:
@@ -87,8 +85,7 @@ class TraceWriter:
         self._begin_file()
 
     def add(self, records: bytes, lost: int = 0) -> None:
-        """Adds faults, as `struct gm_trace_record`s, and how many more there were. To be called now and then without
-        any, too.
+        """Adds faults, as `struct gm_trace_record`s, and how many more there were. Now and then, call it without any.
 
         Raises ValueError if a fault is outside of all regions.
         """
@@ -350,7 +347,7 @@ def header_untrusted(head: bytes, text: bytes) -> TraceHeader:
     return header
 
 
-def _whole_untrusted(value: Any) -> int:
+def _whole_untrusted(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r:.40}: not a whole number")
     return value
