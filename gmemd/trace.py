@@ -171,7 +171,7 @@ class _Coder:
         taken = self._encode(pending)
         del pending[: taken * RECORD.size]
         length: int = self._length[0]
-        body = COUNTS.pack(length, lost, start) + ffi.buffer(self._code, length)[:]
+        body = COUNTS.pack(length, lost, start) + bytes(ffi.buffer(self._code, length))
         return MARK + CRC.pack(crc32c(body)) + body
 
     def _encode(self, pending: bytearray) -> int:
@@ -276,7 +276,7 @@ class TraceReader:
         )
         if problem := ffi.string(found.text).decode():
             log.warning("%s: the block at %d: %s: only its first %d faults are used", self.path, offset, problem, count)
-        return ffi.buffer(self._records, count * RECORD.size)[:]
+        return bytes(ffi.buffer(self._records, count * RECORD.size))
 
     def _skipped(self, offset: int, size: int) -> None:
         self.damaged += size
@@ -353,7 +353,7 @@ def _whole_untrusted(value: object) -> int:
     return value
 
 
-def _region_untrusted(*numbers: Any) -> Region:
+def _region_untrusted(*numbers: object) -> Region:
     gpa, pages, page_size = map(_whole_untrusted, numbers)
     if page_size not in PAGE_SIZES or not 0 < pages < (1 << 63) // page_size:
         raise ValueError(f"{pages} pages of {page_size} bytes")

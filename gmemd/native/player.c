@@ -1,6 +1,7 @@
 /*
- * Whether a touch had to wait is what the kernel says: it counts how often a thread gives up its CPU to sleep. Faults would not tell: a
- * page that is there and not yet mapped is a fault, too, and takes no time.
+ * Whether a touch had to wait is what the kernel says: it counts how often a thread gives up its
+ * CPU to sleep. Faults would not tell: a page that is there and not yet mapped is one, too, and
+ * takes no time.
  */
 #include "player.h"
 
@@ -55,8 +56,8 @@ static _Atomic uint64_t *words_of(const struct area *area, uint64_t page)
     return (_Atomic uint64_t *)(void *)(area->at + (page << area->page_shift));
 }
 
-struct gm_player *gm_player_new(const struct gm_player_region *regions, uint32_t count, uint64_t seed,
-                                struct gm_problem *ret)
+struct gm_player *gm_player_new(const struct gm_player_region *regions, uint32_t count,
+                                uint64_t seed, struct gm_problem *ret)
 {
     struct gm_player *p = calloc(1, sizeof *p + count * sizeof p->area[0]);
 
@@ -102,7 +103,7 @@ void gm_player_fill(const struct gm_player *p, uint32_t region, uint64_t at)
     }
 }
 
-/* Compares a page. While others may write to it, its last word may be behind what they have announced. */
+/* Compares a page. Unless `settled`, its last word may be behind the writes that are announced. */
 static int check_page(const struct gm_player *p, uint32_t region, uint64_t page, bool settled,
                       struct gm_problem *ret)
 {
@@ -117,7 +118,8 @@ static int check_page(const struct gm_player *p, uint32_t region, uint64_t page,
 
         if (settled ? added == writes : added <= writes)
             continue;
-        return gm_blame(ret, GM_PEER, 0, "region %u: page %llu: word %llu is %#llx and must be %#llx", region,
+        return gm_blame(ret, GM_PEER, 0,
+                        "region %u: page %llu: word %llu is %#llx and must be %#llx", region,
                         (unsigned long long)page, (unsigned long long)i, (unsigned long long)seen,
                         (unsigned long long)(word_of(key, i) + writes));
     }
@@ -174,8 +176,9 @@ static void touch(struct area *area, const struct gm_trace_record *access, struc
     out->waited = sleeps_of_thread() != sleeps;
 }
 
-int64_t gm_player_run(struct gm_player *p, const struct gm_trace_record *accesses, uint64_t n, uint64_t origin_ns,
-                      uint64_t start_ns, double pace, struct gm_touch *out, struct gm_problem *ret)
+int64_t gm_player_run(struct gm_player *p, const struct gm_trace_record *accesses, uint64_t n,
+                      uint64_t origin_ns, uint64_t start_ns, double pace, struct gm_touch *out,
+                      struct gm_problem *ret)
 {
     uint64_t due = start_ns, before = origin_ns, i;
 

@@ -1,6 +1,7 @@
 /*
- * Each thread's faults are a stream of their own, numbered from 0 in the order in which a block first names them: a page is told
- * as the distance from the stream's last one, which is short for a thread that walks through memory.
+ * Each thread's faults are a stream of their own, numbered from 0 in the order in which a block
+ * first names them: a page is told as the distance from the stream's last one, which is short for a
+ * thread that walks through memory.
  */
 #include "trace_code.h"
 
@@ -8,16 +9,16 @@
 #include <stddef.h>
 
 enum {
-    STREAMS = 256,     /* more threads than this begin another block */
-    OTHER_REGION = 4,  /* beside GM_TRACE_WRITE and GM_TRACE_MINOR */
+    STREAMS = 256,    /* more threads than this begin another block */
+    OTHER_REGION = 4, /* beside GM_TRACE_WRITE and GM_TRACE_MINOR */
     FLAG_BITS = 3,
-    LONGEST = 30,      /* bytes of a record: 2 of head, 5 of thread, 3 of region, 10 of time, 10 of page */
+    LONGEST = 30, /* bytes: 2 of head, 5 of thread, 3 of region, 10 of time, 10 of page */
     LONGEST_NUMBER = 10,
 };
 
 static const uint64_t LAST_TICK = UINT64_MAX / GM_TRACE_TICK_NS;
 
-_Static_assert(GM_TRACE_CODE_RECORDS == GM_TRACE_CODE_BYTES / 3, "head, time and page of a byte each");
+_Static_assert(GM_TRACE_CODE_RECORDS == GM_TRACE_CODE_BYTES / 3, "head, time, page: a byte each");
 
 struct stream {
     uint64_t page;
@@ -60,8 +61,8 @@ static uint64_t unfolded(uint64_t number)
     return (number >> 1) ^ (0 - (number & 1));
 }
 
-static uint8_t *put_record(uint8_t *out, const struct gm_trace_record *r, struct streams *s, uint32_t index,
-                           uint64_t ticks)
+static uint8_t *put_record(uint8_t *out, const struct gm_trace_record *r, struct streams *s,
+                           uint32_t index, uint64_t ticks)
 {
     struct stream *stream = &s->stream[index];
     bool is_new = index == s->count;
@@ -86,8 +87,9 @@ static uint8_t *put_record(uint8_t *out, const struct gm_trace_record *r, struct
     return out;
 }
 
-int gm_trace_encode(const struct gm_trace_record *records, uint32_t n, const uint64_t *pages, uint32_t regions,
-                    uint64_t *tick, uint8_t *out, uint32_t *length, struct gm_problem *ret)
+int gm_trace_encode(const struct gm_trace_record *records, uint32_t n, const uint64_t *pages,
+                    uint32_t regions, uint64_t *tick, uint8_t *out, uint32_t *length,
+                    struct gm_problem *ret)
 {
     struct streams s;
     uint8_t *at = out;
@@ -104,7 +106,8 @@ int gm_trace_encode(const struct gm_trace_record *records, uint32_t n, const uin
         if (r->region >= regions || r->page >= pages[r->region]) {
             if (i > 0)
                 break;
-            return gm_blame(ret, GM_NOBODY, 0, "region %u: no page %llu", r->region, (unsigned long long)r->page);
+            return gm_blame(ret, GM_NOBODY, 0, "region %u: no page %llu", r->region,
+                            (unsigned long long)r->page);
         }
         at = put_record(at, r, &s, index, now > *tick ? now - *tick : 0);
         *tick = now > *tick ? now : *tick;
@@ -147,8 +150,9 @@ static struct stream *take_stream(struct input *in, struct streams *s, uint64_t 
     return &s->stream[index];
 }
 
-static int take_record_untrusted(struct input *in, struct streams *s, const uint64_t *pages, uint32_t regions,
-                                 uint64_t *tick, struct gm_trace_record *out, struct gm_problem *ret)
+static int take_record_untrusted(struct input *in, struct streams *s, const uint64_t *pages,
+                                 uint32_t regions, uint64_t *tick, struct gm_trace_record *out,
+                                 struct gm_problem *ret)
 {
     uint64_t head, region, ticks, page;
     struct stream *stream;
@@ -159,11 +163,13 @@ static int take_record_untrusted(struct input *in, struct streams *s, const uint
     if ((head & OTHER_REGION && !take(in, &region)) || !take(in, &ticks) || !take(in, &page))
         return gm_blame(ret, GM_PEER, 0, "not a record");
     if (region >= regions)
-        return gm_blame(ret, GM_PEER, 0, "region %llu of %u", (unsigned long long)region, regions);
+        return gm_blame(ret, GM_PEER, 0, "region %llu of %u", (unsigned long long)region,
+                        regions);
     page = unfolded(page) + (head & OTHER_REGION ? 0 : stream->page);
     if (page >= pages[region])
-        return gm_blame(ret, GM_PEER, 0, "page %llu outside region %llu (%llu pages)", (unsigned long long)page,
-                        (unsigned long long)region, (unsigned long long)pages[region]);
+        return gm_blame(ret, GM_PEER, 0, "page %llu outside region %llu (%llu pages)",
+                        (unsigned long long)page, (unsigned long long)region,
+                        (unsigned long long)pages[region]);
     if (*tick > LAST_TICK || ticks > LAST_TICK - *tick)
         return gm_blame(ret, GM_PEER, 0, "a time that cannot be");
     *tick += ticks;
@@ -179,8 +185,9 @@ static int take_record_untrusted(struct input *in, struct streams *s, const uint
     return 0;
 }
 
-int gm_trace_decode_untrusted(const uint8_t *in, uint32_t length, const uint64_t *pages, uint32_t regions,
-                              uint64_t *tick, struct gm_trace_record *out, struct gm_problem *ret)
+int gm_trace_decode_untrusted(const uint8_t *in, uint32_t length, const uint64_t *pages,
+                              uint32_t regions, uint64_t *tick, struct gm_trace_record *out,
+                              struct gm_problem *ret)
 {
     struct input input = {in, in + length};
     struct streams s;
