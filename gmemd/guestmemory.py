@@ -3,6 +3,7 @@ source."""
 
 import fcntl
 import os
+import socket
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,6 +34,17 @@ def check_received(regions: Sequence[Region], fds: Sequence[int], limit: int) ->
     _check_apart("guest physical addresses", [(0, r.gpa, r.size) for r in regions])
     _check_apart("host addresses", [(r.uffd, r.hva, r.size) for r in regions])
     _check_apart("parts of one memory file", [(identities[r.file], r.offset, r.size) for r in regions])
+
+
+def check_faults(fd: int) -> None:
+    """Raises HandoffError unless it is a socket of the kind that vCPUs ask on."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            right = sock.family is socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET
+    except OSError:
+        right = False
+    if not right:
+        raise HandoffError('"faults" is not a SOCK_SEQPACKET socket: sent by the VMM')
 
 
 def check_sent(regions: Sequence[Region], fds: Sequence[int]) -> None:

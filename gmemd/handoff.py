@@ -24,6 +24,9 @@ MAX_MESSAGE = 128 * 1024
 MAX_DESCRIPTORS = 64
 # What a region's fields may be at most: the kernel's own limit of a file's size.
 MAX_BYTES = 2**63 - 1
+# More vCPUs than KVM gives to one machine.
+MAX_VCPUS = 4096
+BITMAP_ALIGNMENT = 8
 REGION_KEYS = ("file", "offset", "size", "page_size", "gpa")
 DESTINATION_KEYS = ("hva", "uffd")
 
@@ -41,10 +44,12 @@ class Descriptors:
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A VMM's guest memory: the regions, whose `file` and `uffd` count the descriptors."""
+    """A VMM's guest memory. Regions count the descriptors, and so does `faults`."""
 
     migration: str
     regions: tuple[Region, ...]
+    vcpus: int = 0  # that may ask for pages on the socket `faults`
+    faults: int | None = None
 
 
 async def receive(sock: trio.socket.SocketType) -> tuple[bytes, Descriptors]:
@@ -86,7 +91,15 @@ def receive_untrusted(message: dict[str, Any], descriptors: int) -> Handoff:
     name = message.get("receive")
     if not valid_id(name):
         raise HandoffError(f'"receive" names no migration: {name!r:.80}')
-    return Handoff(name, regions_untrusted(message, descriptors, REGION_KEYS + DESTINATION_KEYS))
+    regions = regions_untrusted(message, descriptors, REGION_KEYS + DESTINATION_KEYS)
+    if all(region.bitmap is None for region in regions):
+        return Handoff(name, regions)
+    faults, vcpus = message.get("faults"), message.get("vcpus")
+    if type(faults) is not int or not 0 <= faults < descriptors:
+        raise HandoffError(f'"faults" = {faults!r:.40}: regions with a bitmap need a socket to ask on')
+    if type(vcpus) is not int or not 0 < vcpus <= MAX_VCPUS:
+        raise HandoffError(f'"vcpus" = {vcpus!r:.40} (1 to {MAX_VCPUS})')
+    return Handoff(name, regions, vcpus, faults)
 
 
 def check_version_untrusted(message: dict[str, Any]) -> None:
@@ -121,7 +134,19 @@ def _region_untrusted(index: int, region: object, descriptors: int, keys: Sequen
             raise HandoffError(f"region {index}: {key} = {values[key]} (a multiple of {page_size})")
     if not size:
         raise HandoffError(f"region {index}: size = 0")
-    return Region(**values)
+    return Region(**values, **_bitmap_untrusted(index, region, descriptors))
+
+
+def _bitmap_untrusted(index: int, region: dict[str, Any], descriptors: int) -> dict[str, int]:
+    """The userfault bitmap of a region that has one."""
+    if "bitmap" not in region:
+        return {}
+    bitmap, offset = region["bitmap"], region.get("bitmap_offset", 0)
+    if type(bitmap) is not int or not 0 <= bitmap < descriptors:
+        raise HandoffError(f"region {index}: bitmap = {bitmap!r:.40} (a whole number from 0 to {descriptors - 1})")
+    if type(offset) is not int or not 0 <= offset <= MAX_BYTES or offset % BITMAP_ALIGNMENT:
+        raise HandoffError(f"region {index}: bitmap_offset = {offset!r:.40} (a multiple of {BITMAP_ALIGNMENT})")
+    return {"bitmap": bitmap, "bitmap_offset": offset}
 
 
 def ranges_untrusted(ranges: object, regions: Sequence[Region]) -> list[tuple[int, int, int]]:

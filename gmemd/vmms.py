@@ -85,14 +85,16 @@ class VmmConnection:
             except GmemdError as error:
                 log.error("cannot be taken over: %s", error, extra={"migration": kept.migration})
                 await trio.sleep_forever()
-            migration = self._migration(memory, keeper)
+            migration = self._migration(memory, keeper, kept.fds)
             blob = None if kept.blob is None else handoff.content(kept.blob)
             await self._attend(migration, keeper, lambda: migration.resume(blob))
 
     async def _receive(self, asked: Handoff, fds: list[int]) -> None:
         memory = await trio.to_thread.run_sync(self._take_memory, asked, fds)
         keeper = Keeper(self.shared.store, asked.migration)
-        migration = self._migration(memory, keeper)
+        memory.set_note(Note.VCPUS, asked.vcpus)
+        memory.set_note(Note.FAULTS, asked.faults or 0)
+        migration = self._migration(memory, keeper, fds)
         kinds = [guestmemory.kind_of(fds[region.file])[0] for region in asked.regions]
 
         def start() -> None:
@@ -138,6 +140,8 @@ class VmmConnection:
         if len(asked.regions) > limits.regions:
             raise HandoffError(f"{len(asked.regions)} regions (this daemon takes {limits.regions}): sent by the VMM")
         guestmemory.check_received(asked.regions, fds, limits.memory)
+        if asked.faults is not None:
+            guestmemory.check_faults(fds[asked.faults])
         memory = Memory(asked.migration, asked.regions, fds, fds)
         try:
             for index, region in enumerate(asked.regions):
@@ -147,14 +151,14 @@ class VmmConnection:
             raise
         return memory
 
-    def _migration(self, memory: Memory, keeper: Keeper) -> IncomingMigration:
+    def _migration(self, memory: Memory, keeper: Keeper, fds: list[int]) -> IncomingMigration:
         config = self.shared.config
 
         def keep_state(state: bytes) -> None:
             with handoff.memory_file("gmemd-vmm-state", state) as fd:
                 keeper.keep(BLOB, fd)
 
-        return IncomingMigration(
+        migration = IncomingMigration(
             memory.migration,
             memory,
             self.shared.pager,
@@ -164,6 +168,9 @@ class VmmConnection:
             keep_state=keep_state,
             trace=config.trace.directory is not None,
         )
+        if vcpus := memory.note(Note.VCPUS):
+            migration.destination.set_vcpus(fds[memory.note(Note.FAULTS)], vcpus)
+        return migration
 
     async def _speak(self, migration: IncomingMigration, keeper: Keeper) -> None:
         """Tells the VMM when its guest may run, and when the migration is over."""

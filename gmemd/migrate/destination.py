@@ -81,6 +81,7 @@ class IncomingMigration:
         """Goes on where another daemon ended; `state` is the VMM's own, if the VMM has not had it."""
         self.pager.add(self.destination)
         self.memory.wake()
+        self.destination.ask_vcpus()
         if self.memory.note(Note.SWITCHED):
             self.state = state
             self._run_guest()
@@ -204,7 +205,7 @@ class IncomingMigration:
             elif events.vmm_gone:
                 log.warning("the VMM is gone", extra={"migration": self.name})
                 self.end(Phase.ABANDONED)
-            if events.stuck:
+            if events.stuck or events.vmm_broken:
                 self._stuck(events.problem)
             if events.urgent_down and self.session:
                 self.session.urgent_ended(events.problem)

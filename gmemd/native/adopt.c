@@ -6,6 +6,7 @@
 #include "memfile.h"
 #include "memory.h"
 #include "memory_layout.h"
+#include "userfault.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,7 +28,7 @@ static const char *wrong_with_region(const struct gm_state *state, const struct 
         return "its number of pages";
     if (r->page_shift < 12 || r->page_shift > GM_MAX_PAGE_SHIFT)
         return "its page size";
-    if (r->file_name >= fds || r->uffd_name >= fds)
+    if (r->file_name >= fds || r->uffd_name >= fds || (r->has_bitmap && r->bitmap_name >= fds))
         return "its descriptors";
     if (r->populate < GM_POPULATE_WRITE || r->populate > GM_POPULATE_COPY)
         return "its way to populate";
@@ -115,16 +116,31 @@ static void forget_claims(struct gm_memory *m)
         for (size_t word = 0; word < gm_bitmap_words(r->pages); word++)
             atomic_store(&r->claimed[word], atomic_load(&r->received[word]));
         received += gm_bitmap_count(r->received, r->pages);
+        gm_userfault_sync(r);
         atomic_store(&r->soiled, true);
     }
     atomic_store(&m->received, received);
 }
 
-static int map_aliases(struct gm_memory *m, struct gm_problem *ret)
+static int map_region(struct gm_region *r, const struct gm_state_region *known, const int *fds,
+                      struct gm_problem *ret)
 {
-    for (unsigned i = 0; i < m->count; i++)
-        if (m->region[i].populate != GM_POPULATE_WRITE && gm_region_map_alias(&m->region[i], ret) < 0)
+    if (r->populate != GM_POPULATE_WRITE && gm_region_map_alias(r, ret) < 0)
+        return -1;
+    if (known->has_bitmap && gm_userfault_map(r, fds[known->bitmap_name], known->bitmap_offset, ret) < 0)
+        return -1;
+    return 0;
+}
+
+static int bind_all(struct gm_memory *m, const int *fds, struct gm_problem *ret)
+{
+    for (unsigned i = 0; i < m->count; i++) {
+        const struct gm_state_region *known = &m->state->region[i];
+
+        gm_memory_bind(m, i, fds[known->file_name], fds[known->uffd_name]);
+        if (map_region(&m->region[i], known, fds, ret) < 0)
             return -1;
+    }
     return 0;
 }
 
@@ -139,9 +155,7 @@ struct gm_memory *gm_memory_adopt(int state_fd, const int *fds, unsigned count, 
     if (!m)
         return NULL;
     m->state_fd = fcntl(state_fd, F_DUPFD_CLOEXEC, 0);
-    for (unsigned i = 0; i < m->count; i++)
-        gm_memory_bind(m, i, fds[state->region[i].file_name], fds[state->region[i].uffd_name]);
-    if (m->state_fd < 0 || map_aliases(m, ret) < 0 || finish_removals(m, ret) < 0) {
+    if (m->state_fd < 0 || bind_all(m, fds, ret) < 0 || finish_removals(m, ret) < 0) {
         if (m->state_fd < 0)
             gm_blame(ret, GM_KERNEL, errno, "state");
         gm_memory_free(m);

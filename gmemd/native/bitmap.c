@@ -51,6 +51,18 @@ uint64_t gm_bitmap_set(gm_word *bits, uint64_t first, uint64_t count)
     return changed;
 }
 
+void gm_bitmap_clear(gm_word *bits, uint64_t first, uint64_t count)
+{
+    while (count) {
+        unsigned shift = first % 64;
+        uint64_t here = count < 64 - shift ? count : 64 - shift;
+
+        atomic_fetch_and(&bits[first / 64], ~ones(shift, here));
+        first += here;
+        count -= here;
+    }
+}
+
 uint64_t gm_bitmap_find(const gm_word *bits, uint64_t from, uint64_t end, bool value)
 {
     while (from < end) {

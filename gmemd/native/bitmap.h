@@ -30,6 +30,9 @@ void gm_bitmap_give_back(gm_word *bits, uint64_t first, uint64_t mask);
 /* Sets any number of bits. Returns how many were clear before. */
 uint64_t gm_bitmap_set(gm_word *bits, uint64_t first, uint64_t count);
 
+/* Clears any number of bits, after everything that was written before. */
+void gm_bitmap_clear(gm_word *bits, uint64_t first, uint64_t count);
+
 /* The first index in [from, end) whose bit is `value`, or `end`. */
 uint64_t gm_bitmap_find(const gm_word *bits, uint64_t from, uint64_t end, bool value);
 

@@ -1,8 +1,10 @@
 #include "destination.h"
 
 #include "cleanup.h"
+#include "clock.h"
 #include "install.h"
 #include "memfile.h"
+#include "vcpus.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -20,6 +22,7 @@ struct gm_destination *gm_destination_new(struct gm_memory *m, uint32_t trace_re
     }
     d->memory = m;
     d->kick_fd = -1;
+    d->vcpu_socket = -1;
     gm_waits_init(&d->waits);
     pthread_mutex_init(&d->lock, NULL);
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -112,6 +115,7 @@ void gm_destination_counters(const struct gm_destination *d, struct gm_counters 
         .faults = d->n.faults,
         .faults_missing = d->n.faults_missing,
         .faults_minor = d->n.faults_minor,
+        .faults_vcpu = d->n.faults_vcpu,
         .faults_again = d->n.faults_again,
         .requests = d->n.requests,
         .urgent_pages = d->n.urgent_pages,
@@ -139,6 +143,29 @@ unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, uns
 struct gm_trace *gm_destination_trace(struct gm_destination *d)
 {
     return d->trace;
+}
+
+void gm_destination_end_waits(struct gm_destination *d, const struct gm_region *r, uint64_t first, uint64_t count)
+{
+    struct gm_wait wait;
+
+    while (gm_waits_take(&d->waits, r->index, first, count, &wait)) {
+        gm_histogram_record(&d->latency, gm_now_ns() - wait.since_ns);
+        if (wait.vcpu)
+            gm_vcpus_answer(d, r, &wait);
+    }
+}
+
+void gm_destination_set_vcpus(struct gm_destination *d, int socket, uint32_t vcpus)
+{
+    d->vcpu_socket = socket;
+    d->vcpus = vcpus;
+}
+
+void gm_destination_ask_vcpus(struct gm_destination *d)
+{
+    if (d->vcpu_socket >= 0)
+        gm_vcpus_ask_again(d);
 }
 
 int64_t gm_destination_told_zero(struct gm_destination *d, unsigned region, uint64_t first, uint64_t count,

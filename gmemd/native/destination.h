@@ -24,9 +24,11 @@ struct gm_destination;
 #define GM_EVENT_URGENT_DOWN 2 /* the urgent lane ended; the problem says how */
 #define GM_EVENT_STUCK 4       /* a page could not be put in place; the problem says why */
 #define GM_EVENT_VMM_GONE 8    /* the process of the userfaultfd no longer exists */
+#define GM_EVENT_VMM_BROKEN 16 /* the VMM broke the protocol of its fault socket, which is read no more */
 
 struct gm_counters {
-    uint64_t faults, faults_missing, faults_minor, faults_again; /* again: for a page that was in place already */
+    uint64_t faults, faults_missing, faults_minor, faults_vcpu; /* vcpu: asked by a vCPU that left KVM_RUN */
+    uint64_t faults_again;                                      /* for a page that was in place already */
     uint64_t requests, urgent_pages, background_pages, zero_pages, dropped_pages;
     uint64_t removed_pages, damaged_frames;
     uint64_t urgent_bytes, background_bytes;
@@ -44,6 +46,11 @@ void gm_destination_counters(const struct gm_destination *d, struct gm_counters 
 const struct gm_histogram *gm_destination_latency(const struct gm_destination *d);
 unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, unsigned most);
 struct gm_trace *gm_destination_trace(struct gm_destination *d);
+
+/* vCPUs ask on this SOCK_SEQPACKET socket, and are answered on it (docs/handoff.md). Before the pager has the destination. */
+void gm_destination_set_vcpus(struct gm_destination *d, int socket, uint32_t vcpus);
+/* A predecessor may have taken requests that it did not live to answer: has the VMM send what is open once more. */
+void gm_destination_ask_vcpus(struct gm_destination *d);
 
 /* These pages are zero at the source: they are received, as holes. Returns how many were still missing. */
 int64_t gm_destination_told_zero(struct gm_destination *d, unsigned region, uint64_t first, uint64_t count,
@@ -71,12 +78,14 @@ struct gm_destination {
     _Atomic uint32_t events;
     int event_fd;
     int kick_fd; /* the pager's, or -1 */
+    int vcpu_socket; /* or -1 */
+    uint32_t vcpus;
     pthread_mutex_t lock; /* of what follows */
     struct gm_ask asks[GM_MAX_ASKS];
     unsigned asked;
     struct gm_problem problem;
     struct {
-        _Atomic uint64_t faults, faults_missing, faults_minor, faults_again, requests, urgent_pages, background_pages,
+        _Atomic uint64_t faults, faults_missing, faults_minor, faults_vcpu, faults_again, requests, urgent_pages, background_pages,
             zero_pages, dropped_pages, removed_pages, damaged_frames, urgent_bytes, background_bytes;
     } n;
 };
@@ -90,6 +99,9 @@ int gm_destination_ask(struct gm_destination *d, uint32_t region, uint64_t first
 
 /* Takes one of those; returns whether there was any. */
 bool gm_destination_next_ask(struct gm_destination *d, struct gm_ask *out);
+
+/* Ends all waits for received pages, records how long they were, and answers vCPUs. */
+void gm_destination_end_waits(struct gm_destination *d, const struct gm_region *r, uint64_t first, uint64_t count);
 
 /* Tells the event loop; `problem` may be NULL. */
 void gm_destination_tell(struct gm_destination *d, uint32_t event, const struct gm_problem *problem);

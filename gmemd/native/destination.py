@@ -20,6 +20,7 @@ class Events:
     urgent_down: bool
     stuck: bool
     vmm_gone: bool
+    vmm_broken: bool
     problem: GmemdError
 
 
@@ -32,6 +33,7 @@ class Wait:
     page: int
     thread: int
     since_ns: int
+    vcpu: bool = False
 
 
 class Destination:
@@ -55,8 +57,17 @@ class Destination:
             urgent_down=bool(bits & lib.GM_EVENT_URGENT_DOWN),
             stuck=bool(bits & lib.GM_EVENT_STUCK),
             vmm_gone=bool(bits & lib.GM_EVENT_VMM_GONE),
+            vmm_broken=bool(bits & lib.GM_EVENT_VMM_BROKEN),
             problem=exception(found),
         )
+
+    def set_vcpus(self, socket: int, vcpus: int) -> None:
+        """vCPUs that leave KVM_RUN for a page ask on this socket, and are answered on it. Before a pager has this."""
+        lib.gm_destination_set_vcpus(self.native, socket, vcpus)
+
+    def ask_vcpus(self) -> None:
+        """Has vCPUs that a predecessor may have heard ask again."""
+        lib.gm_destination_ask_vcpus(self.native)
 
     def told_zero(self, region: int, first: int, pages: int) -> int:
         """Receives pages that are zero at the source, as holes. Returns how many of them were missing."""
@@ -87,7 +98,7 @@ class Destination:
         """Who waits now, longest first."""
         out = ffi.new("struct gm_wait[]", lib.GM_MAX_WAITS)
         found = lib.gm_destination_waits(self.native, out, lib.GM_MAX_WAITS)
-        waits = [Wait(out[i].region, out[i].page, out[i].thread, out[i].since_ns) for i in range(found)]
+        waits = [Wait(out[i].region, out[i].page, out[i].thread, out[i].since_ns, bool(out[i].vcpu)) for i in range(found)]
         return sorted(waits, key=lambda wait: wait.since_ns)
 
     def trace(self) -> tuple[bytes, int]:

@@ -4,6 +4,7 @@
 #include "install.h"
 #include "uapi.h"
 #include "uffd.h"
+#include "vcpus.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -97,6 +98,19 @@ static void trace(struct gm_destination *d, const struct gm_wait *wait, uint64_t
  * The wait is noted before the received bit is looked at, and a lane sets the bit before it looks at the waits: whichever comes
  * second sees the other, so no thread is left asleep on a page that is there.
  */
+static void begin_wait(struct gm_port *port, struct gm_region *r, const struct gm_wait *wait)
+{
+    struct gm_destination *d = port->destination;
+    bool first = gm_waits_add(&d->waits, wait);
+
+    if (gm_bitmap_test(r->received, wait->page)) {
+        GM_COUNT(d, faults_again, 1);
+        continue_wait(port, r, wait->page);
+    } else if (first) {
+        request(port, r->index, wait->page, 1);
+    }
+}
+
 static void take_fault(struct gm_port *port, const struct uffd_msg *message, uint64_t now)
 {
     struct gm_destination *d = port->destination;
@@ -104,7 +118,6 @@ static void take_fault(struct gm_port *port, const struct uffd_msg *message, uin
     struct gm_region *r = gm_memory_find(d->memory, address);
     struct gm_wait wait = {.since_ns = now, .thread = message->arg.pagefault.feat.ptid};
     struct gm_problem problem;
-    bool first;
 
     if (!r) {
         gm_blame(&problem, GM_VMM, 0, "fault at %#llx, outside every region", (unsigned long long)address);
@@ -120,13 +133,35 @@ static void take_fault(struct gm_port *port, const struct uffd_msg *message, uin
         GM_COUNT(d, faults_missing, 1);
     if (d->trace)
         trace(d, &wait, flags);
-    first = gm_waits_add(&d->waits, &wait);
-    if (gm_bitmap_test(r->received, wait.page)) {
-        GM_COUNT(d, faults_again, 1);
-        continue_wait(port, r, wait.page);
-    } else if (first) {
-        request(port, r->index, wait.page, 1);
+    begin_wait(port, r, &wait);
+}
+
+int gm_faults_read_vcpus(struct gm_port *port, struct gm_problem *ret)
+{
+    struct gm_destination *d = port->destination;
+    int taken = 0;
+
+    for (; taken < MESSAGES; taken++) {
+        struct gm_wait wait = {.since_ns = gm_now_ns(), .vcpu = 1};
+        struct gm_region *r;
+        int got;
+
+        if (atomic_load(&d->waits.count) == GM_MAX_WAITS) {
+            port->full = true;
+            break;
+        }
+        got = gm_vcpus_take_untrusted(d, &wait, &r, ret);
+        if (got < 0)
+            return -1;
+        if (!got)
+            break;
+        GM_COUNT(d, faults, 1);
+        GM_COUNT(d, faults_vcpu, 1);
+        if (d->trace)
+            trace(d, &wait, 0);
+        begin_wait(port, r, &wait);
     }
+    return taken;
 }
 
 static void take_removal(struct gm_port *port, const struct uffd_msg *message)

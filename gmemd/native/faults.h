@@ -25,6 +25,9 @@ struct gm_port {
  * many messages, or -1 with a problem. */
 int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret);
 
+/* Takes the requests of vCPUs. Returns how many, or -1 with a problem: the VMM's fault socket cannot be read any more. */
+int gm_faults_read_vcpus(struct gm_port *port, struct gm_problem *ret);
+
 /* Continues every wait whose page is received; sets port->again if one has to be tried again. */
 void gm_faults_sweep(struct gm_port *port);
 

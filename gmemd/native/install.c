@@ -102,6 +102,16 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
     return 0;
 }
 
+/* Sets the received bits, and only then lets vCPUs pass. Returns how many pages were not received before. */
+static uint64_t receive(struct gm_region *r, uint64_t first, uint64_t count)
+{
+    uint64_t pages = gm_bitmap_set(r->received, first, count);
+
+    if (r->userfault)
+        gm_bitmap_clear(r->userfault, first, count);
+    return pages;
+}
+
 /* Tells the event loop when nothing is missing any more. */
 static void count_received(struct gm_destination *d, uint64_t pages)
 {
@@ -131,7 +141,7 @@ static void mark(struct gm_install *in, uint64_t mask)
     unsigned run;
 
     for (unsigned at = 0; (run = gm_mask_run(mask, &at)); at += run)
-        pages += gm_bitmap_set(in->region->received, in->first + at, run);
+        pages += receive(in->region, in->first + at, run);
     atomic_store(&in->slot->span, 0);
     count_received(in->destination, pages);
 }
@@ -155,7 +165,7 @@ static bool map_run(struct gm_destination *d, struct gm_region *r, uint64_t firs
 
         done >>= r->page_shift;
         if (done && gm_waits_any(&d->waits))
-            gm_waits_end(&d->waits, r->index, first, done, &d->latency);
+            gm_destination_end_waits(d, r, first, done);
         vmm_gone(d, error);
         all = all && !error;
         first += done + (error ? 1 : 0);
@@ -171,6 +181,9 @@ void gm_install_finish(struct gm_install *in)
 
     drop_removed(in);
     mark(in, in->claimed);
+    /* vCPUs that ask by bit need no mapping: only who waits in the kernel does. */
+    if (in->region->userfault && !gm_waits_any(&d->waits))
+        return;
     for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run)
         all = map_run(d, in->region, in->first + at, run) && all;
     if (!all && gm_waits_any(&d->waits))
@@ -200,7 +213,7 @@ int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t firs
             return gm_blame(ret, GM_KERNEL, -error, "region %u: a hole of %u pages at page %llu", r->index, run,
                             (unsigned long long)(first + at));
         }
-        pages += gm_bitmap_set(r->received, first + at, run);
+        pages += receive(r, first + at, run);
     }
     GM_COUNT(d, zero_pages, pages);
     count_received(d, pages);
@@ -245,7 +258,7 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
         if (flying)
             note_removed(d, r, first, flying);
         for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run)
-            pages += gm_bitmap_set(r->received, first + at, run);
+            pages += receive(r, first + at, run);
         count_received(d, pages);
         first += here;
         count -= here;
@@ -268,6 +281,6 @@ int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t 
     }
     vmm_gone(d, error);
     if (!error || error == -ENOENT || error == -ESRCH)
-        gm_waits_end(&d->waits, r->index, page, 1, &d->latency);
+        gm_destination_end_waits(d, r, page, 1);
     return error;
 }

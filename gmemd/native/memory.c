@@ -4,6 +4,7 @@
 #include "memfile.h"
 #include "memory_layout.h"
 #include "uffd.h"
+#include "userfault.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -43,6 +44,9 @@ static void describe(struct gm_state *state, const char *migration, const struct
             .page_shift = specs[i].page_shift,
             .file_name = specs[i].file_name,
             .uffd_name = specs[i].uffd_name,
+            .has_bitmap = specs[i].bitmap >= 0,
+            .bitmap_name = specs[i].bitmap_name,
+            .bitmap_offset = specs[i].bitmap_offset,
             .claimed_at = at,
             .received_at = at + bitmap_bytes(specs[i].pages),
         };
@@ -118,8 +122,13 @@ struct gm_memory *gm_memory_new(const char *migration, const struct gm_region_sp
         return NULL;
     m->state_fd = fd;
     fd = -1;
-    for (unsigned i = 0; i < count; i++)
+    for (unsigned i = 0; i < count; i++) {
         gm_memory_bind(m, i, specs[i].fd, specs[i].uffd);
+        if (specs[i].bitmap >= 0 && gm_userfault_map(&m->region[i], specs[i].bitmap, specs[i].bitmap_offset, ret) < 0) {
+            gm_memory_free(m);
+            return NULL;
+        }
+    }
     return m;
 }
 
@@ -127,9 +136,11 @@ void gm_memory_free(struct gm_memory *m)
 {
     if (!m)
         return;
-    for (unsigned i = 0; i < m->count; i++)
+    for (unsigned i = 0; i < m->count; i++) {
         if (m->region[i].alias)
             munmap(m->region[i].alias, gm_bytes(&m->region[i], m->region[i].pages));
+        gm_userfault_unmap(&m->region[i]);
+    }
     munmap(m->state, m->state->size);
     if (m->state_fd >= 0)
         close(m->state_fd);
@@ -163,6 +174,9 @@ void gm_memory_region(const struct gm_memory *m, unsigned region, struct gm_regi
     *out = (struct gm_region_spec){
         .fd = m->region[region].fd,
         .uffd = m->region[region].uffd,
+        .bitmap = known->has_bitmap ? 0 : -1,
+        .bitmap_name = known->bitmap_name,
+        .bitmap_offset = known->bitmap_offset,
         .file_name = known->file_name,
         .uffd_name = known->uffd_name,
         .offset = known->offset,
@@ -267,6 +281,14 @@ struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva)
 {
     for (unsigned i = 0; i < m->count; i++)
         if (hva - m->region[i].hva < gm_bytes(&m->region[i], m->region[i].pages))
+            return &m->region[i];
+    return NULL;
+}
+
+struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa)
+{
+    for (unsigned i = 0; i < m->count; i++)
+        if (gpa - m->region[i].gpa < gm_bytes(&m->region[i], m->region[i].pages))
             return &m->region[i];
     return NULL;
 }

@@ -37,9 +37,11 @@ enum gm_bitmap_name {
 struct gm_region_spec {
     int fd;   /* the memory file; stays the caller's */
     int uffd; /* the userfaultfd that covers it, or -1 at a source */
-    uint32_t file_name, uffd_name; /* which of the VMM's descriptors these are, for a successor */
-    uint64_t offset, pages, gpa, hva;
+    int bitmap; /* a memfd with the userfault bitmap of its slot, or -1 */
+    uint32_t file_name, uffd_name, bitmap_name; /* which of the VMM's descriptors these are, for a successor */
     uint32_t page_shift;
+    uint64_t offset, pages, gpa, hva;
+    uint64_t bitmap_offset; /* bytes into that memfd, a multiple of 8 */
 };
 
 struct gm_memory;
@@ -59,6 +61,8 @@ enum gm_note {
     GM_NOTE_SWITCHED,   /* 1: the guest has left its source; 2: and the VMM here knows */
     GM_NOTE_RECOVERIES, /* sessions after the first */
     GM_NOTE_TRAP,       /* GM_UFFD_ modes of the registration, 0 if there was none yet */
+    GM_NOTE_VCPUS,      /* how many may ask on the VMM's fault socket, 0 without one */
+    GM_NOTE_FAULTS,     /* which of the VMM's descriptors that socket is */
     GM_NOTES,
 };
 uint64_t gm_memory_note(const struct gm_memory *m, int note);
@@ -106,7 +110,9 @@ struct gm_state_region {
     uint64_t offset, pages, gpa, hva;
     uint32_t page_shift, file_name, uffd_name, populate;
     uint64_t claimed_at, received_at; /* where in the state its bitmaps begin */
-    uint64_t reserved[8];
+    uint32_t has_bitmap, bitmap_name;
+    uint64_t bitmap_offset;
+    uint64_t reserved[6];
 };
 
 struct gm_state {
@@ -128,6 +134,9 @@ struct gm_region {
     uint64_t offset, pages, gpa, hva;
     gm_word *claimed, *received;
     unsigned char *alias;
+    gm_word *userfault; /* KVM userfault: a set bit makes a vCPU ask; NULL without */
+    void *userfault_map;
+    size_t userfault_size;
     _Atomic _Bool soiled; /* a populate failed half-way somewhere */
 };
 
@@ -150,8 +159,9 @@ static inline uint64_t gm_file_offset(const struct gm_region *r, uint64_t page)
     return r->offset + gm_bytes(r, page);
 }
 
-/* The region that covers an address of the VMM, or NULL. */
+/* The region that covers an address of the VMM, or of the guest; NULL if none does. */
 struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva);
+struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa);
 
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
 

@@ -36,6 +36,8 @@ class Note(Enum):
     SWITCHED = lib.GM_NOTE_SWITCHED
     RECOVERIES = lib.GM_NOTE_RECOVERIES
     TRAP = lib.GM_NOTE_TRAP
+    VCPUS = lib.GM_NOTE_VCPUS
+    FAULTS = lib.GM_NOTE_FAULTS
 
 
 def native_populate(how: Populate) -> int:
@@ -53,7 +55,7 @@ TRAPS = {
 class Region:
     """One contiguous piece of guest memory.
 
-    `offset`, `size` and `page_size` in bytes; `gpa` is its guest physical address; `hva` where the VMM has mapped it,
+    `offset`, `size`, `page_size` and `bitmap_offset` in bytes; `gpa` is its guest physical address; `hva` where the VMM has mapped it,
     0 at a source.
     `file` and `uffd` count the VMM's descriptors.
     """
@@ -65,6 +67,8 @@ class Region:
     hva: int = 0
     file: int = 0
     uffd: int = 0
+    bitmap: int | None = None
+    bitmap_offset: int = 0
 
     @property
     def pages(self) -> int:
@@ -86,6 +90,9 @@ class Memory:
             spec.fd = files[region.file]
             spec.uffd = uffds[region.uffd] if uffds else -1
             spec.file_name, spec.uffd_name = region.file, region.uffd
+            spec.bitmap, spec.bitmap_name, spec.bitmap_offset = -1, region.bitmap or 0, region.bitmap_offset
+            if region.bitmap is not None:
+                spec.bitmap = files[region.bitmap]
             spec.offset, spec.pages = region.offset, region.pages
             spec.gpa, spec.hva, spec.page_shift = region.gpa, region.hva, region.page_shift
         self._own(checked(lib.gm_memory_new, migration.encode(), specs, len(regions)))
@@ -115,6 +122,8 @@ class Memory:
                     hva=spec.hva,
                     file=spec.file_name,
                     uffd=spec.uffd_name,
+                    bitmap=spec.bitmap_name if spec.bitmap >= 0 else None,
+                    bitmap_offset=spec.bitmap_offset,
                 )
             )
             if populate[0] in _WAYS:

@@ -24,7 +24,7 @@ enum {
     AGAIN_MS = 1,       /* when an event blocks a CONTINUE and no message of it comes */
 };
 
-enum watch { WATCH_KICK, WATCH_URGENT, WATCH_UFFD };
+enum watch { WATCH_KICK, WATCH_URGENT, WATCH_UFFD, WATCH_VCPUS };
 
 struct gm_pager {
     int epoll, kick;
@@ -113,11 +113,15 @@ static bool first_of_its_uffd(const struct gm_memory *m, unsigned region)
     return true;
 }
 
-/* Adds, or with EPOLL_CTL_DEL takes away, every userfaultfd of the port. */
-static int watch_uffds(struct gm_pager *p, const struct gm_port *port, int operation)
+/* Adds, or with EPOLL_CTL_DEL takes away, all that faults of the port come from. */
+static int watch_faults(struct gm_pager *p, const struct gm_port *port, int operation)
 {
     const struct gm_memory *m = port->destination->memory;
+    struct epoll_event vcpus = {.events = EPOLLIN, .data.u64 = tag(WATCH_VCPUS, port->id, 0)};
+    int socket = port->destination->vcpu_socket;
 
+    if (socket >= 0 && epoll_ctl(p->epoll, operation, socket, &vcpus) < 0 && operation == EPOLL_CTL_ADD)
+        return -1;
     for (unsigned i = 0; i < m->count; i++) {
         struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag(WATCH_UFFD, port->id, i)};
 
@@ -155,10 +159,10 @@ int gm_pager_add(struct gm_pager *p, struct gm_destination *d, struct gm_problem
         return gm_blame(ret, GM_KERNEL, ENOMEM, "pager: another migration");
     port->destination = d;
     port->id = p->next_id++;
-    if (watch_uffds(p, port, EPOLL_CTL_ADD) < 0) {
+    if (watch_faults(p, port, EPOLL_CTL_ADD) < 0) {
         int error = errno;
 
-        watch_uffds(p, port, EPOLL_CTL_DEL);
+        watch_faults(p, port, EPOLL_CTL_DEL);
         free(port);
         return gm_blame(ret, GM_VMM, error, "userfaultfd cannot be watched");
     }
@@ -181,7 +185,7 @@ void gm_pager_remove(struct gm_pager *p, struct gm_destination *d)
         return;
     *link = port->next;
     drop_urgent(p, port);
-    watch_uffds(p, port, EPOLL_CTL_DEL);
+    watch_faults(p, port, EPOLL_CTL_DEL);
     d->kick_fd = -1;
     free(port);
 }
@@ -264,7 +268,19 @@ static void read_faults(struct gm_pager *p, struct gm_port *port, unsigned regio
         epoll_ctl(p->epoll, EPOLL_CTL_DEL, uffd, NULL);
         gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
     } else if (port->full) {
-        watch_uffds(p, port, EPOLL_CTL_DEL);
+        watch_faults(p, port, EPOLL_CTL_DEL);
+    }
+}
+
+static void read_vcpus(struct gm_pager *p, struct gm_port *port)
+{
+    struct gm_problem problem;
+
+    if (gm_faults_read_vcpus(port, &problem) < 0) {
+        epoll_ctl(p->epoll, EPOLL_CTL_DEL, port->destination->vcpu_socket, NULL);
+        gm_destination_tell(port->destination, GM_EVENT_VMM_BROKEN, &problem);
+    } else if (port->full) {
+        watch_faults(p, port, EPOLL_CTL_DEL);
     }
 }
 
@@ -287,6 +303,8 @@ static void take(struct gm_pager *p, const struct epoll_event *event)
         read_urgent(p, port, event->events);
     } else if (port && (what & 3) == WATCH_UFFD) {
         read_faults(p, port, (unsigned)(what >> 2 & 0x3ffff));
+    } else if (port && (what & 3) == WATCH_VCPUS) {
+        read_vcpus(p, port);
     }
 }
 
@@ -301,7 +319,7 @@ static bool settle(struct gm_pager *p, bool *again)
             gm_faults_sweep(port);
         if (port->full && atomic_load(&port->destination->waits.count) < GM_MAX_WAITS / 2) {
             port->full = false;
-            watch_uffds(p, port, EPOLL_CTL_ADD);
+            watch_faults(p, port, EPOLL_CTL_ADD);
         }
         send_requests(p, port);
         *again |= port->again;

@@ -1,7 +1,6 @@
 #include "waits.h"
 
 #include "cleanup.h"
-#include "clock.h"
 
 #include <string.h>
 
@@ -29,22 +28,20 @@ bool gm_waits_add(struct gm_waits *w, const struct gm_wait *wait)
     return first;
 }
 
-void gm_waits_end(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count,
-                  struct gm_histogram *latency)
+bool gm_waits_take(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count, struct gm_wait *out)
 {
     GM_LOCKED(&w->lock);
-    uint64_t now = gm_now_ns();
 
-    for (uint32_t i = 0; i < w->count;) {
+    for (uint32_t i = 0; i < w->count; i++) {
         struct gm_wait *wait = &w->entry[i];
 
-        if (wait->region != region || wait->page - first >= count) {
-            i++;
-            continue;
+        if (wait->region == region && wait->page - first < count) {
+            *out = *wait;
+            *wait = w->entry[--w->count];
+            return true;
         }
-        gm_histogram_record(latency, now - wait->since_ns);
-        *wait = w->entry[--w->count];
     }
+    return false;
 }
 
 unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most)

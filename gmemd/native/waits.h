@@ -7,8 +7,6 @@
 #ifndef GM_WAITS_H
 #define GM_WAITS_H
 
-#include "histogram.h"
-
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -20,7 +18,10 @@
 
 struct gm_wait {
     uint64_t page, since_ns;
-    uint32_t region, thread;
+    uint32_t region;
+    uint32_t vcpu;   /* 1: a vCPU that left KVM_RUN and asked the VMM; 0: a thread that waits in the kernel */
+    uint32_t thread; /* the number of either */
+    uint32_t reserved;
 };
 /* end python */
 
@@ -36,9 +37,8 @@ void gm_waits_deinit(struct gm_waits *w);
 /* Adds one; the caller has seen that there is room. Returns whether it is the first for its page. */
 bool gm_waits_add(struct gm_waits *w, const struct gm_wait *wait);
 
-/* Takes out all for the pages, and records how long they lasted. */
-void gm_waits_end(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count,
-                  struct gm_histogram *latency);
+/* Takes one out that waits for one of the pages; false if there is none. */
+bool gm_waits_take(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count, struct gm_wait *out);
 
 /* Copies them out, `most` at the most; returns how many. */
 unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most);
