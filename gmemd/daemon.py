@@ -161,7 +161,17 @@ class Daemon:
                     log.warning("accept: %s", error.strerror, extra={"once": "accept", "every": 10.0})
                     await trio.sleep(STATUS_SECONDS)
                     continue
-                self._connections.start_soon(serve, connection)
+                self._connections.start_soon(self._isolated, serve, connection)
+
+    async def _isolated(
+        self, serve: Callable[[trio.socket.SocketType], Awaitable[None]], connection: trio.socket.SocketType
+    ) -> None:
+        """A bug that one connection meets must not take the guests of the others with it."""
+        try:
+            await serve(connection)
+        except Exception:
+            log.exception("a connection has failed, which is a bug of gmemd")
+            connection.close()
 
     async def _resume(self, kept: Kept) -> None:
         """A migration that was kept for us."""

@@ -26,15 +26,18 @@ class SourceConnections:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """One connection."""
-        peer = stream.socket.getpeername()
-        address = f"{peer[0]}:{peer[1]}"
+        try:
+            address = "{}:{}".format(*stream.socket.getpeername())
+            tune(stream.socket)
+        except OSError:
+            await trio.aclose_forcefully(stream)  # it has gone already
+            return
         try:
             self._places.acquire_on_behalf_of_nowait(stream)
         except trio.WouldBlock:
             log.warning("%s: too many connections", address, extra={"once": "places", "every": 10.0})
             await trio.aclose_forcefully(stream)
             return
-        tune(stream.socket)
         messages = MessageStream(stream, Role.SOURCE, address)
         try:
             taken = await self._shake_hands(messages)

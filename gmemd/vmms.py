@@ -107,7 +107,6 @@ class VmmConnection:
         """From its start until it is over, or until we are: then it is left to a successor."""
         trace = self.shared.config.trace
         try:
-            process = _pidfd(self.sock)
             start()
             await self.shared.registry.add(migration)
             log.info(
@@ -119,7 +118,7 @@ class VmmConnection:
             )
             async with open_tasks() as tasks:
                 tasks.start(migration.run)
-                tasks.start(self._watch_process, process, migration)
+                tasks.start(self._watch_process, migration)
                 tasks.start(self._listen, migration)
                 if trace.directory:
                     tasks.start(record, migration, trace.directory, trace.max_bytes)
@@ -210,11 +209,16 @@ class VmmConnection:
             migration.destination.discard(region, first, pages)
         await self._tell({"discarded": True})
 
-    async def _watch_process(self, pidfd: int, migration: IncomingMigration) -> None:
+    async def _watch_process(self, migration: IncomingMigration) -> None:
         try:
-            await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+            pidfd = _pidfd(self.sock)
+        except ProcessLookupError:
+            pass
+        else:
+            try:
+                await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
         if not migration.ended.is_set():
             log.warning("the VMM has died", extra={"migration": migration.name})
             migration.report.link = "the VMM has died"

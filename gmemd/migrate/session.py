@@ -15,6 +15,7 @@ import trio
 from gmemd.errors import GmemdError, LinkError, ProtocolError, RefusedError
 from gmemd.migrate import runs, wire
 from gmemd.migrate.link import LANE_BEAT, ControlLane, MessageStream
+from gmemd.migrate.state import Phase
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd.native.destination import Lane
 
@@ -39,6 +40,7 @@ class PageLane:
         self.messages = messages
         self.scope = trio.CancelScope()
         self.over = trio.Event()
+        self.welcome = False  # we may send beats
         self.empty = True  # nothing waits to be read
 
     @property
@@ -90,18 +92,16 @@ class Session:
         """Takes a page lane in, in place of one with the same number."""
         if not secrets.compare_digest(hello.token, self.token) or hello.lane not in self._expected:
             raise RefusedError(f"lane {hello.lane} is none of this session's: sent by the source")
-        if old := self.lanes.get(hello.lane):
+        while old := self.lanes.get(hello.lane):
             old.scope.cancel()
             await old.over.wait()
         if self._tasks is None:
             raise RefusedError(f"lane {hello.lane}: epoch {hello.epoch} is over: sent by the source")
-        await messages.send(wire.LaneWelcome())
+        # Nobody waits between the look at `lanes` and this: two lanes of one number would share a slot.
         fd = messages.take_socket().fileno()
         lane = PageLane(Lane(self.migration.destination, hello.lane, fd, checksum=self.checksum), messages)
         self.lanes[hello.lane] = lane
         self._tasks.start(self._run_lane, hello.lane, lane)
-        if self.lanes.keys() == self._expected:
-            self._all_there.set()
 
     def urgent_ended(self, problem: GmemdError) -> None:
         """The pager has dropped the urgent lane."""
@@ -194,27 +194,32 @@ class Session:
         settings = self.migration.settings
         while True:
             await trio.sleep(settings.heartbeat)
+            if self.control.conversation.phase is Phase.ENDED:
+                return
             with trio.move_on_after(settings.dead_after) as sending:
                 await self.control.send(wire.Beat())
             if sending.cancelled_caught or self.control.silent_for > settings.dead_after:
                 raise LinkError(f"{self.control.messages.address}: silent for {self.control.silent_for:.1f} s")
             self.migration.pager.beat(self.migration.destination)
-            for number, lane in self.lanes.items():
-                if number != URGENT:
-                    with suppress(OSError):
-                        await self._send_beat(lane)
+            for number, lane in list(self.lanes.items()):
+                if number != URGENT and lane.welcome:
+                    await self._send_beat(lane)
                 if lane.silent_for > settings.dead_after and not lane.scope.cancel_called:
                     self._lane_failed(number, LinkError(f"silent for {lane.silent_for:.1f} s"))
                     lane.scope.cancel()
 
     async def _send_beat(self, lane: PageLane) -> None:
         """A beat that does not fit now is not needed: much is on its way."""
-        with trio.move_on_after(0):
+        with trio.move_on_after(0), suppress(OSError):
             await lane.messages.take_socket().send(LANE_BEAT)
 
     async def _run_lane(self, number: int, lane: PageLane) -> None:
         try:
             with lane.scope:
+                await lane.messages.send(wire.LaneWelcome())
+                lane.welcome = True
+                if self.lanes.keys() == self._expected:
+                    self._all_there.set()
                 if number == URGENT:
                     self.migration.pager.set_urgent(self.migration.destination, lane.lane)
                     await trio.sleep_forever()
