@@ -214,6 +214,7 @@ def test_a_guest_runs_while_its_pages_come_one_by_one(
     assert sum(event["steps"]) > sum(moved.paused["steps"])
     assert 0 < event["touch_latency_us"]["p50"] <= event["touch_latency_us"]["p99"]
     assert event["touch_latency_us"]["p99"] <= event["touch_latency_us"]["max"]
+    assert event["blocked_us"] >= 400 * event["touch_latency_us"]["p50"]
     assert 0.05 < event["blocked_share"] <= 1
 
 

@@ -104,6 +104,7 @@ static void take_done(struct destination *destination)
 
     machine_measure(machine, false);
     destination->arrival.ticks_per_us = ticks_per_us;
+    destination->arrival.blocked_us = blocked_us;
     destination->arrival.blocked_share = blocked_us / (double)(duration_us * machine->vcpus);
     destination->done = true;
     close_cleanup(&destination->uffd);

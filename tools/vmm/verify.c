@@ -62,6 +62,7 @@ static void report(const struct machine *machine, const struct check *check,
     machine_report_steps(machine, &event);
     if (arrival) {
         touches_report(machine, &event, arrival->ticks_per_us);
+        json_fraction(&event, "blocked_us", arrival->blocked_us);
         json_fraction(&event, "blocked_share", arrival->blocked_share);
     }
     json_print(&event);

@@ -8,7 +8,8 @@
 struct arrival {
     uint64_t steps[GUEST_VCPUS]; /* at the switch */
     double ticks_per_us;
-    double blocked_share; /* of the vCPUs' time between the first instruction and done */
+    double blocked_us;    /* what all vCPUs waited, from the first instruction to done */
+    double blocked_share; /* of the time that they had */
 };
 
 /* Returns EX_OK or EX_DATAERR. `arrival` is NULL for a guest that has always been here. */
