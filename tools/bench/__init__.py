@@ -1,0 +1,1 @@
+"""Measurements: gmemd beside the floor of the machine and beside its peers."""

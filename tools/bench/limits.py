@@ -1,0 +1,49 @@
+"""The ratios that have to hold, in one place. Each is taken within one repetition; the median of all is what counts."""
+
+from dataclasses import dataclass
+from statistics import median
+
+# A median of a few short runs on a machine with two cores moves by about this much without any change in the code.
+TOLERANCE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A figure of ours over one that it is measured against (None: the figure itself), and how large it may be."""
+
+    title: str
+    figure: str
+    against: str | None
+    limit: float
+    at_least: bool = False
+
+    def ratios(self, runs: list[dict[str, float]]) -> list[float]:
+        """One for each repetition that has both figures."""
+        return [
+            run[self.figure] / (run[self.against] if self.against else 1.0)
+            for run in runs
+            if self.figure in run and (self.against is None or run.get(self.against))
+        ]
+
+    def holds(self, ratios: list[float], tolerance: float = 0.0) -> bool:
+        if self.at_least:
+            return median(ratios) >= self.limit * (1 - tolerance)
+        return median(ratios) <= self.limit * (1 + tolerance)
+
+
+FLOOR = "floor polling, 1 threads"
+LIMITS = [
+    Limit("fault p50, 1 thread, against the polling floor", "idle, 1 threads: p50", f"{FLOOR}: p50", 1.25),
+    Limit("fault p99, the same", "idle, 1 threads: p99", f"{FLOOR}: p99", 1.5),
+    Limit("mean fault, background saturating against without", "busy random: mean", "idle, 1 threads: mean", 2.0),
+    Limit("mean wait a fault against QEMU's, random", "busy random: mean", "QEMU random: mean", 0.1),
+    Limit("the same, sequential", "busy sequential: mean", "QEMU sequential: mean", 0.67),
+    Limit("share blocked, random touches", "busy random: share blocked", None, 0.3),
+    Limit("total time against QEMU's", "busy random: total", "QEMU random: total", 0.67),
+    *(Limit(f"background throughput, {n} lanes, against plain streams", f"{n} lanes: bytes/s",
+            f"stream of {n}: bytes/s", 0.9, at_least=True) for n in (1, 2, 4)),
+    *(Limit(f"CPU a GiB, {n} lanes, against plain streams", f"{n} lanes: CPU s/GiB", f"stream of {n}: CPU s/GiB", 1.25)
+      for n in (1, 2, 4)),
+    *(Limit(f"pages/s, {b} threads against {a}", f"idle, {b} threads: pages/s", f"idle, {a} threads: pages/s", 1.0,
+            at_least=True) for a, b in ((1, 2), (2, 4), (4, 8))),
+]  # fmt: skip

@@ -1,0 +1,144 @@
+"""gmemd, measured: daemon, sender and guest as processes of their own, over loopback TCP."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
+
+from gmemd.status import ask
+
+BIN = Path(sys.executable).parent
+
+
+class Daemon:
+    """A running `gmemd serve`, and what it takes to move guests to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._socket = folder / "gmemd.sock"
+        self._status = folder / "status.sock"
+        self._migrations = 0
+        config = folder / "gmemd.toml"
+        config.write_text(
+            f'[daemon]\nsocket = "{self._socket}"\nstatus_socket = "{self._status}"\n'
+            '[network]\nlisten = "127.0.0.1:0"\n'
+        )
+        self._log = (folder / "daemon.log").open("w")
+        self.process = subprocess.Popen([BIN / "gmemd", "serve", "--config", config], stderr=self._log)
+        self._port = self._wait_for_port()
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        self._log.close()
+
+    def move(self, content: Path, memory: int, *guest: object, source: tuple[object, ...] = ()) -> Result:
+        """Moves a guest of `memory` bytes that touches as `guest` says; what guest, sender and daemon have to tell."""
+        self._migrations += 1
+        name = f"bench-{self._migrations}"
+        toucher = _Guest(self._socket, name, memory, *guest)
+        sender = _Sender(self._port, name, content, *source)
+        try:
+            toucher.expect("ready")
+            before = cpu_seconds(self.process.pid), cpu_seconds(sender.pid)
+            result = {"guest": toucher.expect("guest"), "ready_us": toucher.ready_us}
+            if "--no-background" not in source:
+                result["source"], cpu = sender.finish()
+                result["source_cpu_s"] = cpu - before[1]
+            result["daemon_cpu_s"] = cpu_seconds(self.process.pid) - before[0]
+            result["daemon"] = self._of(name)
+        finally:
+            sender.close()
+            toucher.close()
+        return result
+
+    def _of(self, name: str) -> dict[str, Any]:
+        status = ask(self._status, {"command": "status"})
+        return next(dict(m) for m in status["migrations"] + status["finished"] if m["migration"] == name)
+
+    def _wait_for_port(self) -> int:
+        """The kernel chooses the port, so that benchmarks never meet; the daemon says which."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for line in Path(self._log.name).read_text().splitlines():
+                if "sources come to" in line:
+                    return int(line.rpartition(":")[2])
+            time.sleep(0.01)
+        raise ProgramError(f"gmemd serve does not come up: {Path(self._log.name).read_text()}")
+
+
+@contextmanager
+def daemon(folder: Path) -> Iterator[Daemon]:
+    """A daemon with its sockets in `folder`."""
+    running = Daemon(folder)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+class _Guest:
+    """guest.c, by its events."""
+
+    def __init__(self, socket: Path, name: str, memory: int, *arguments: object) -> None:
+        words = [program("guest"), "--gmemd", socket, "--migration", name, "--memory", memory, *arguments]
+        self._process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._sent = self.expect("sent")["at_ns"]
+        self.ready_us = 0.0
+
+    def expect(self, name: str) -> Result:
+        """Reads events up to the one with this name."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            event: Result = json.loads(line)
+            if event["event"] == "error":
+                raise ProgramError(f"guest: {event['message']}")
+            if event["event"] == "ready":
+                self.ready_us = (event["at_ns"] - self._sent) / 1e3
+            if event["event"] == name:
+                return event
+        raise ProgramError(f"guest: ended before {name!r}")
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate(timeout=PATIENCE)
+
+
+class _Sender:
+    """gmemd-source, with what it used of a CPU."""
+
+    def __init__(self, port: int, name: str, content: Path, *arguments: object) -> None:
+        words = [BIN / "gmemd-source", f"127.0.0.1:{port}", "--migration", name, "--file", content, "--json"]
+        self._process = subprocess.Popen([*map(str, words), *map(str, arguments)], stdout=subprocess.PIPE)
+        self.pid = self._process.pid
+        self._ended = False
+
+    def finish(self) -> tuple[Result, float]:
+        """Waits for its end; its own summary, and seconds of CPU."""
+        assert self._process.stdout
+        summary: Result = json.loads(self._process.stdout.read())
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._ended = True
+        return summary, usage.ru_utime + usage.ru_stime
+
+    def close(self) -> None:
+        if not self._ended:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(PATIENCE)
+        assert self._process.stdout
+        self._process.stdout.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process with all its threads, those that have ended too."""
+    return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED, as clock_getcpuclockid(3) makes it
