@@ -1,0 +1,370 @@
+"""The replay harness: its traces, its threads, and whole replays against real processes."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gmemd.errors import DataError, GmemdError, UnavailableError
+from gmemd.native import check, ffi, lib
+from gmemd.native.memory import Region
+from gmemd.trace import RECORD, TraceWriter, segments
+from gmemd_tools.replay import patterns, run, summary
+from gmemd_tools.replay.guest import Guest
+from gmemd_tools.replay.recording import Recording, load
+from gmemd_tools.replay.run import Setup, replay
+
+PAGES = 16384  # 64 MiB
+MILLISECOND = 10**6
+Record = tuple[int, int, int, int, int]  # time in ns, page, thread, region, flags
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def region(pages: int, page_size: int = 4096, gpa: int = 0) -> Region:
+    return Region(offset=0, size=pages * page_size, page_size=page_size, gpa=gpa)
+
+
+def write(path: Path, records: Sequence[Record], regions: Sequence[Region]) -> Path:
+    with TraceWriter(path, "m", regions) as writer:
+        writer.add(b"".join(RECORD.pack(*record) for record in records))
+    return path
+
+
+def plan(**values: Any) -> patterns.Plan:
+    usual = {"pages": PAGES, "threads": 3, "faults": 2000, "gap_ns": 20_000, "writes": 0.3, "seed": 1}
+    return patterns.Plan(**(usual | values))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    """`made(pattern, …)`: a trace of it."""
+
+    def make(pattern: str, **values: Any) -> Path:
+        wanted = plan(**values)
+        path = tmp_path / f"{pattern}.gmtrace"
+        with TraceWriter(path, "m", [region(wanted.pages)]) as writer:
+            writer.add(patterns.synthesise(pattern, wanted))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def command() -> Command:
+    """`command(*arguments)`: runs gmemd-replay."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "gmemd_tools.replay.cli", *map(str, arguments)]
+        return subprocess.run(words, text=True, capture_output=True, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def require_userfaultfd() -> Iterator[None]:
+    try:
+        fd = check(lib.gm_uffd_open, 0)
+    except GmemdError as error:
+        pytest.skip(str(error))
+    with open(fd, "rb"):
+        yield
+
+
+# Traces.
+
+
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_patterns(pattern: str) -> None:
+    records = list(RECORD.iter_unpack(patterns.synthesise(pattern, plan(pages=1000))))
+    assert len(records) == 2000
+    assert all(0 <= page < 1000 for _, page, *_ in records)
+    assert {thread for _, _, thread, *_ in records} == {1, 2, 3}
+    assert all(before[0] <= after[0] for before, after in pairwise(records))
+    assert 400 < sum(bool(flags & lib.GM_TRACE_WRITE) for *_, flags in records) < 800
+    assert records == list(RECORD.iter_unpack(patterns.synthesise(pattern, plan(pages=1000))))
+    assert records != list(RECORD.iter_unpack(patterns.synthesise(pattern, plan(pages=1000, seed=2))))
+
+
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_patterns_with_less_pages_than_threads(pattern: str) -> None:
+    records = RECORD.iter_unpack(patterns.synthesise(pattern, plan(pages=2, threads=5, faults=50)))
+    assert all(0 <= page < 2 for _, page, *_ in records)
+
+
+def test_patterns_are_what_they_are_called(made: Callable[..., Path]) -> None:
+    told = {name: summary.summarise(load([made(name, pages=4096)])) for name in patterns.PATTERNS}
+    assert told["sequential"]["sequential"] > 0.99
+    assert told["random"]["near"] < 0.05
+    assert told["strided"]["sequential"] < 0.01
+    assert told["strided"]["near"] > 0.95
+    assert told["boot"]["sequential"] > 0.9
+    assert told["zipf"]["hot_pages"][0]["faults"] > 5 * told["random"]["hot_pages"][0]["faults"]
+    assert told["phased"]["pages_touched"] < told["random"]["pages_touched"]
+
+
+def test_show(tmp_path: Path, command: Command) -> None:
+    records = [
+        (0, 5, 1, 0, 0),
+        (1000, 6, 1, 0, lib.GM_TRACE_WRITE),
+        (2000, 9, 2, 1, lib.GM_TRACE_MINOR),
+        (5_000_000, 7, 1, 0, 0),
+        (6_000_000, 6, 2, 0, 0),
+    ]
+    path = write(tmp_path / "t.gmtrace", records, [region(10), region(20, gpa=1 << 20)])
+    shown = command("show", "--json", path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    told = json.loads(shown.stdout)
+    assert told.pop("began").startswith("20")
+    assert told == {
+        "migration": "m",
+        "faults": 5,
+        "faults_lost": 0,
+        "damaged_bytes": 0,
+        "span_us": 6000.0,
+        "faults_per_s": 833.3,
+        "writes": 1,
+        "minor": 1,
+        "pages_touched": 4,
+        "threads": [{"thread": 1, "faults": 3}, {"thread": 2, "faults": 2}],
+        "regions": [
+            {"gpa": 0, "pages": 10, "page_size": 4096, "faults": 4},
+            {"gpa": 1 << 20, "pages": 20, "page_size": 4096, "faults": 1},
+        ],
+        "hot_pages": [
+            {"region": 0, "page": 6, "faults": 2},
+            {"region": 0, "page": 5, "faults": 1},
+            {"region": 1, "page": 9, "faults": 1},
+            {"region": 0, "page": 7, "faults": 1},
+        ],
+        "sequential": 0.4,
+        "near": 0.4,
+        "gaps_us": [
+            {"from": 0, "gaps": 0},
+            {"from": 1, "gaps": 1},
+            *({"from": 1 << power, "gaps": 0} for power in range(1, 12)),
+            {"from": 4096, "gaps": 2},
+        ],
+    }
+    assert "5 in 0.006 s" in command("show", path).stdout
+
+
+def test_load_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.gmtrace", [(1000, 0, 1, 0, 0)], [region(10)])
+    two = write(tmp_path / "2.gmtrace", [(2000, 0, 1, 0, 0)], [region(10)])
+    other = write(tmp_path / "3.gmtrace", [(3000, 0, 1, 0, 0)], [region(11)])
+    assert [record[0] for record in load([one, two])] == [1000, 2000]
+    with pytest.raises(DataError, match=r"1.gmtrace: begins before the end of the file named before it"):
+        load([two, one])
+    with pytest.raises(DataError, match=r"3.gmtrace: region 0: pages 11 in the trace, 10 in the guest"):
+        load([one, other])
+    with pytest.raises(DataError, match="no faults in it"):
+        load([write(tmp_path / "4.gmtrace", [], [region(10)])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["show", "none.gmtrace"], 65, "none.gmtrace: No such file or directory"),
+        (["show", __file__], 65, "not a trace"),
+        (["synth", "random", "-o", "/nowhere/t"], 65, "/nowhere/t: No such file or directory"),
+        (["synth", "random", "--pages", "0", "-o", "t"], 64, "0: from 1 to"),
+        (["run", "t", "--set", "poll_us=1"], 64, "must be TABLE.KEY=VALUE"),
+        (["run", "t", "--speed", "2", "--flat-out"], 64, "not allowed with"),
+    ],
+)
+def test_mistakes(command: Command, arguments: list[str], code: int, said: str) -> None:
+    ended = command(*arguments)
+    assert ended.returncode == code
+    assert said in ended.stderr
+    assert ended.stdout == ""
+
+
+# Threads, with nobody in between: no userfaultfd is registered, so nothing waits.
+
+
+@pytest.fixture
+def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """One whose destination has its content from the beginning."""
+    request.getfixturevalue("require_userfaultfd")
+    with Guest([region(64), region(16, gpa=1 << 20)], seed=5) as guest:
+        guest.sent, guest.received = guest.received, guest.sent
+        guest.fill()
+        yield guest
+        guest.sent, guest.received = guest.received, guest.sent
+
+
+def play(guest: Guest, records: Sequence[Record], pace: float = 0.0) -> list[tuple[int, int, int]]:
+    guest.ready()
+    return guest.play(7, bytearray(b"".join(RECORD.pack(*record) for record in records)), 0, pace).touches
+
+
+def words(guest: Guest, place: int, page: int) -> Any:
+    return ffi.cast("uint64_t *", guest.regions[place].hva + page * 4096)
+
+
+def test_content_is_decided_by_the_seed(guest: Guest) -> None:
+    assert guest.verify() == 80
+    pages = {bytes(ffi.buffer(words(guest, 0, page), 4096)) for page in range(64)}
+    assert 50 < len(pages) < 64, "most differ, some are zero"
+
+
+@pytest.mark.parametrize("index", [0, 1, 510, 511])
+def test_wrong_word_is_found(guest: Guest, index: int) -> None:
+    words(guest, 1, 3)[index] ^= 1 << 60
+    with pytest.raises(DataError, match=f"wrong memory: region 1: page 3: word {index} is 0x"):
+        play(guest, [(0, 2, 7, 1, 0), (0, 3, 7, 1, 0)])
+    with pytest.raises(DataError, match=f"wrong memory: region 1: page 3: word {index} is 0x"):
+        guest.verify()
+
+
+def test_page_that_comes_again_over_a_written_one_is_found(guest: Guest) -> None:
+    word = words(guest, 0, 9)
+    before = word[511]
+    play(guest, [(0, 9, 7, 0, lib.GM_TRACE_WRITE)] * 3)
+    assert word[511] == before + 3
+    guest.verify()
+    word[511] = before
+    with pytest.raises(DataError, match="region 0: page 9: word 511"):
+        guest.verify()
+
+
+def test_pace(guest: Guest) -> None:
+    """No access is before its time."""
+    start = time.monotonic_ns()
+    touches = play(guest, [(step * MILLISECOND, step, 7, 0, 0) for step in range(20)], pace=2.0)
+    assert all(began >= start + step * 2 * MILLISECOND for step, (began, _, _) in enumerate(touches))
+    assert len(touches) == 20
+
+
+def test_flat_out(guest: Guest) -> None:
+    touches = play(guest, [(hour * 3600 * 10**9, hour, 7, 0, 0) for hour in range(20)])
+    assert all(before[0] + before[1] <= after[0] for before, after in pairwise(touches))
+
+
+def test_stop_ends_a_run(guest: Guest) -> None:
+    guest.stop()
+    assert play(guest, [(0, 0, 7, 0, 0), (3600 * 10**9, 1, 7, 0, 0)], pace=1.0) == []
+
+
+# Whole replays.
+
+
+def faulted_pages(recording: Recording) -> dict[int, list[tuple[int, int]]]:
+    """The faults of each thread in their order, as (region, page)."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for _, page, thread, place, _ in recording:
+        found.setdefault(thread, []).append((place, page))
+    return found
+
+
+def only(recording: Recording, threads: set[int]) -> None:
+    """Takes out what other threads did."""
+    recording.records = bytearray(b"".join(RECORD.pack(*record) for record in recording if record[2] in threads))
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_run(made: Callable[..., Path], command: Command) -> None:
+    trace = made("zipf", faults=4000)
+    ended = command("run", "--json", "--flat-out", trace)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    told = json.loads(ended.stdout)
+    assert told["ok"] is True
+    assert told["pages"] == told["pages_verified"] == PAGES
+    assert told["mismatches"] == 0
+    assert told["touches"] == 4000
+    assert [thread["thread"] for thread in told["threads"]] == [1, 2, 3]
+    assert sum(thread["faults"] for thread in told["threads"]) == told["faults"] > 0
+    for latency in (told["fault_latency_us"], told["touch_latency_us"]):
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p999"] <= latency["max"]
+        assert 0 < latency["mean"] < latency["max"]
+    assert told["faults_per_s"] == pytest.approx(told["faults"] / told["duration_us"] * 1e6, rel=0.01)
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_replay_of_a_recording_of_a_replay(tmp_path: Path, made: Callable[..., Path]) -> None:
+    """Where nothing comes unasked, every thread faults on the same pages in the same order each time."""
+    first = load([made("sequential", pages=2048, threads=2, faults=1500)])
+    settings = {"trace": {"directory": str(tmp_path / "traces")}}
+    expected = faulted_pages(first)
+    recording = first
+    for _ in range(2):
+        told = replay(recording, Setup(speed=None, on_demand=True, settings=settings))
+        recording = load(list(segments(tmp_path / "traces/replay.gmtrace").values())[-1:])
+        assert recording.header.regions == first.header.regions
+        faulted = faulted_pages(recording)
+        pages = {thread["tid"]: faulted[thread["tid"]] for thread in told["threads"]}
+        assert sorted(pages.values()) == sorted(expected.values())
+        # What is left was touched at the end, by a thread that the trace did not have.
+        assert sum(map(len, faulted.values())) == 2048
+        only(recording, set(pages))
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_replay_at_the_recorded_pace_with_several_regions(tmp_path: Path) -> None:
+    regions = [region(100), region(3, gpa=1 << 30), region(1000, gpa=1 << 40)]
+    pages = [(step % 3, step % regions[step % 3].pages) for step in range(1000)]
+    records = [(step * MILLISECOND // 10, page, 1 + step % 2, place, 0) for step, (place, page) in enumerate(pages)]
+    told = replay(load([write(tmp_path / "t.gmtrace", records, regions)]), Setup(speed=0.5))
+    assert told["pages_verified"] == 1103
+    assert told["duration_us"] >= 2 * told["recorded_us"] - 1000
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_wrong_memory_is_found(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Guest.fill
+
+    def fill_wrongly(guest: Guest) -> None:
+        fill(guest)
+        with open(guest.sent[0], "r+b", closefd=False) as file:
+            file.seek(1234 * 4096 + 100)
+            file.write(b"wrong")
+
+    monkeypatch.setattr(Guest, "fill", fill_wrongly)
+    with pytest.raises(DataError, match="wrong memory: region 0: page 1234: word 12 is 0x"):
+        replay(load([made("sequential")]), Setup(speed=None))
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_daemon_that_refuses_its_settings(made: Callable[..., Path], command: Command) -> None:
+    ended = command("run", made("random"), "--set", "paging.pol_us=0")
+    assert ended.returncode == UnavailableError.exit_code
+    assert "daemon ended with 78" in ended.stderr
+    assert "the nearest is poll_us in [paging]" in ended.stderr
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+@pytest.mark.parametrize("victim", ["daemon", "source"])
+def test_process_that_dies_ends_the_replay(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    """Also the threads that wait for a page then."""
+    start = run.Stage.start
+
+    async def start_and_note(stage: run.Stage, name: str, *arguments: Any, **more: Any) -> run.Process:
+        process = await start(stage, name, *arguments, **more)
+        started[name] = process
+        return process
+
+    def ready(guest: Guest) -> None:
+        started[victim].process.kill()
+        become_ready(guest)
+
+    started: dict[str, run.Process] = {}
+    become_ready = Guest.ready
+    monkeypatch.setattr(run.Stage, "start", start_and_note)
+    monkeypatch.setattr(Guest, "ready", ready)
+    with pytest.raises(UnavailableError, match=f"{victim} ended with -9"):
+        replay(load([made("random")]), Setup(speed=None, on_demand=True))
+
+
+def test_guest_that_has_no_room_here(made: Callable[..., Path]) -> None:
+    huge = Recording(load([made("random")]).header)
+    huge.header = type(huge.header)("m", 1, 1, (region(1 << 40),))
+    with pytest.raises(UnavailableError, match=f"the trace's guest has {1 << 52} bytes"):
+        replay(huge, Setup())
