@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import reprlib
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,14 @@ MAX_VCPUS = 4096
 BITMAP_ALIGNMENT = 8
 REGION_KEYS = ("file", "offset", "size", "page_size", "gpa")
 DESTINATION_KEYS = ("hva", "uffd")
+# A VMM's value in a message for people: short, and not as deep as it may be.
+_REPR = reprlib.Repr()
+_REPR.maxstring = 200
+shown = _REPR.repr
+
+
+def _wrong(what: str) -> HandoffError:
+    return HandoffError(f"{what}: sent by the VMM")
 
 
 @dataclass(slots=True)
@@ -64,7 +73,7 @@ async def receive(sock: trio.socket.SocketType) -> tuple[bytes, Descriptors]:
             descriptors.fds += fds
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors.fds) > MAX_DESCRIPTORS:
         descriptors.close()
-        raise HandoffError(f"a message of more than {MAX_MESSAGE} bytes or {MAX_DESCRIPTORS} descriptors")
+        raise _wrong(f"a message of more than {MAX_MESSAGE} bytes or {MAX_DESCRIPTORS} descriptors")
     return data, descriptors
 
 
@@ -79,61 +88,70 @@ def parse_untrusted(data: bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise HandoffError(f"not JSON: {error}") from None
+        raise _wrong(f"not JSON: {error}") from None
     if not isinstance(message, dict):
-        raise HandoffError("not a JSON object")
+        raise _wrong("not a JSON object")
     return message
 
 
 def receive_untrusted(message: dict[str, Any], descriptors: int) -> Handoff:
     """What a VMM asks for at the destination, every number within its bounds."""
+    asked = _asked_untrusted(message, descriptors)
+    named = {fd for r in asked.regions for fd in (r.file, r.uffd, r.bitmap)} | {asked.faults}
+    if len(named - {None}) < descriptors:
+        raise _wrong(f"{descriptors} descriptors, {len(named - {None})} of them named")
+    return asked
+
+
+def _asked_untrusted(message: dict[str, Any], descriptors: int) -> Handoff:
     check_version_untrusted(message)
     name = message.get("receive")
     if not valid_id(name):
-        raise HandoffError(f'"receive" names no migration: {name!r:.80}')
+        raise _wrong(f'"receive" names no migration: {shown(name)}')
     regions = regions_untrusted(message, descriptors, REGION_KEYS + DESTINATION_KEYS)
     if all(region.bitmap is None for region in regions):
         return Handoff(name, regions)
     faults, vcpus = message.get("faults"), message.get("vcpus")
     if type(faults) is not int or not 0 <= faults < descriptors:
-        raise HandoffError(f'"faults" = {faults!r:.40}: regions with a bitmap need a socket to ask on')
+        raise _wrong(f'"faults" = {shown(faults)}: regions with a bitmap need a socket to ask on')
     if type(vcpus) is not int or not 0 < vcpus <= MAX_VCPUS:
-        raise HandoffError(f'"vcpus" = {vcpus!r:.40} (1 to {MAX_VCPUS})')
+        raise _wrong(f'"vcpus" = {shown(vcpus)} (1 to {MAX_VCPUS})')
     return Handoff(name, regions, vcpus, faults)
 
 
 def check_version_untrusted(message: dict[str, Any]) -> None:
     """Refuses a VMM of another version of this protocol."""
-    if message.get("gmemd") != VERSION:
-        raise HandoffError(f"version {message.get('gmemd')!r:.20} of the hand-off (this is version {VERSION})")
+    version = message.get("gmemd")
+    if type(version) is not int or version != VERSION:
+        raise _wrong(f"version {shown(version)} of the hand-off (this is version {VERSION})")
 
 
 def regions_untrusted(message: dict[str, Any], descriptors: int, keys: Sequence[str]) -> tuple[Region, ...]:
     """The regions of a message."""
     regions = message.get("regions")
     if not isinstance(regions, list) or not 0 < len(regions) <= MAX_REGIONS:
-        raise HandoffError(f'"regions" is not a list of 1 to {MAX_REGIONS}')
+        raise _wrong(f'"regions" is not a list of 1 to {MAX_REGIONS}')
     return tuple(_region_untrusted(index, region, descriptors, keys) for index, region in enumerate(regions))
 
 
 def _region_untrusted(index: int, region: object, descriptors: int, keys: Sequence[str]) -> Region:
     if not isinstance(region, dict):
-        raise HandoffError(f"region {index}: not a JSON object")
+        raise _wrong(f"region {index}: not a JSON object")
     values = {}
     for key in keys:
         value = region.get(key)
         most = descriptors - 1 if key in ("file", "uffd") else MAX_BYTES
         if type(value) is not int or not 0 <= value <= most:
-            raise HandoffError(f"region {index}: {key} = {value!r:.40} (a whole number from 0 to {most})")
+            raise _wrong(f"region {index}: {key} = {shown(value)} (a whole number from 0 to {most})")
         values[key] = value
     page_size, size = values["page_size"], values["size"]
     if page_size < 4096 or page_size & (page_size - 1):
-        raise HandoffError(f"region {index}: page_size = {page_size} (a power of two from 4096 on)")
+        raise _wrong(f"region {index}: page_size = {page_size} (a power of two from 4096 on)")
     for key in ("offset", "size", "gpa", "hva"):
         if values.get(key, 0) % page_size:
-            raise HandoffError(f"region {index}: {key} = {values[key]} (a multiple of {page_size})")
+            raise _wrong(f"region {index}: {key} = {values[key]} (a multiple of {page_size})")
     if not size:
-        raise HandoffError(f"region {index}: size = 0")
+        raise _wrong(f"region {index}: size = 0")
     return Region(**values, **_bitmap_untrusted(index, region, descriptors))
 
 
@@ -143,20 +161,20 @@ def _bitmap_untrusted(index: int, region: dict[str, Any], descriptors: int) -> d
         return {}
     bitmap, offset = region["bitmap"], region.get("bitmap_offset", 0)
     if type(bitmap) is not int or not 0 <= bitmap < descriptors:
-        raise HandoffError(f"region {index}: bitmap = {bitmap!r:.40} (a whole number from 0 to {descriptors - 1})")
+        raise _wrong(f"region {index}: bitmap = {shown(bitmap)} (a whole number from 0 to {descriptors - 1})")
     if type(offset) is not int or not 0 <= offset <= MAX_BYTES or offset % BITMAP_ALIGNMENT:
-        raise HandoffError(f"region {index}: bitmap_offset = {offset!r:.40} (a multiple of {BITMAP_ALIGNMENT})")
+        raise _wrong(f"region {index}: bitmap_offset = {shown(offset)} (a multiple of {BITMAP_ALIGNMENT})")
     return {"bitmap": bitmap, "bitmap_offset": offset}
 
 
 def ranges_untrusted(ranges: object, regions: Sequence[Region]) -> list[tuple[int, int, int]]:
     """Lists of [region, first page, pages], each within its region."""
     if not isinstance(ranges, list):
-        raise HandoffError("not a list of [region, first page, pages]")
+        raise _wrong("not a list of [region, first page, pages]")
     for index, given in enumerate(ranges):
         whole = isinstance(given, list) and len(given) == 3 and all(type(n) is int and n >= 0 for n in given)
         if not whole or given[0] >= len(regions) or not 0 < given[2] <= regions[given[0]].pages - given[1]:
-            raise HandoffError(f"range {index}: {given!r:.80} lies in no region")
+            raise _wrong(f"range {index}: {shown(given)} lies in no region")
     return [(region, first, pages) for region, first, pages in ranges]
 
 

@@ -50,7 +50,8 @@ class FileGuest:
 
     async def __aenter__(self) -> Self:
         try:
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: what is no file is told below, and not waited for.
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DataError(f"{self._path}: {error.strerror}") from None
         return self
@@ -119,7 +120,7 @@ class VmmGuest:
         answer, descriptors = await self._ask({"pause": True})
         try:
             if answer.get("paused") is not True:
-                raise HandoffError(f"{self._path}: no answer to pause: {answer!r:.80}: sent by the VMM")
+                raise HandoffError(f"{self._path}: no answer to pause: {handoff.shown(answer)}: sent by the VMM")
             return _state(answer, descriptors.fds)
         finally:
             descriptors.close()
@@ -143,15 +144,16 @@ class VmmGuest:
             with trio.fail_after(ANSWER_SECONDS):
                 await handoff.send(self._socket, message)
                 data, descriptors = await handoff.receive(self._socket)
-        except trio.TooSlowError:
-            raise UnavailableError(f"{self._path}: the VMM does not answer") from None
-        try:
             if not data:
                 raise UnavailableError(f"{self._path}: the VMM hung up")
             answer = handoff.parse_untrusted(data)
             if "error" in answer:
-                raise HandoffError(f"{self._path}: {answer['error']!s:.200}: sent by the VMM")
+                raise HandoffError(f"{self._path}: {handoff.shown(answer['error'])}: sent by the VMM")
             return answer, descriptors
+        except trio.TooSlowError:
+            raise UnavailableError(f"{self._path}: the VMM does not answer") from None
+        except OSError as error:
+            raise UnavailableError(f"{self._path}: {error.strerror or error}") from None
         except BaseException:
             descriptors.close()
             raise
@@ -162,7 +164,7 @@ def _state(answer: dict[str, Any], fds: Sequence[int]) -> bytes:
     if index is None:
         return b""
     if type(index) is not int or not 0 <= index < len(fds):
-        raise HandoffError(f'"state" is {index!r:.40}, of {len(fds)} descriptors: sent by the VMM')
+        raise HandoffError(f'"state" is {handoff.shown(index)}, of {len(fds)} descriptors: sent by the VMM')
     size = os.fstat(fds[index]).st_size
     if size > MAX_STATE:
         raise HandoffError(f"a state of {size} bytes ({MAX_STATE} at most): sent by the VMM")

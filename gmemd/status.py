@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import trio
@@ -97,13 +98,13 @@ def _answer(request: bytes, registry: Registry) -> dict[str, Any]:
         }
     if command == "abandon":
         return _abandon(asked.get("migration"), registry)
-    return {"error": f"no such command: {command!r:.40}"}
+    return {"error": f"no such command: {shown(command)}"}
 
 
 def _abandon(name: object, registry: Registry) -> dict[str, Any]:
     migration = registry.get(name) if isinstance(name, str) else None
     if migration is None:
-        return {"error": f"no migration {name!r:.80} here"}
+        return {"error": f"no migration {shown(name)} here"}
     migration.report.link = "given up by an operator"
     migration.end(Phase.ABANDONED)
     return {"abandoned": name, "pages_missing": migration.memory.pages - migration.memory.received}
