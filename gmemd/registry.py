@@ -23,6 +23,7 @@ class Finished:
     name: str
     phase: str
     epoch: int
+    token: bytes  # of its latest session, empty if this daemon saw none
     pages: int
     told: dict[str, Any]
     at: float = field(default_factory=time.monotonic)

@@ -67,6 +67,8 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--migration {options.migration!r}: 1 to 63 of letters, digits and -_.")
     if not 1 <= options.lanes <= MAX_LANES:
         raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
+    if not 0 <= options.gpa < 2**63:
+        raise UsageError(f"--gpa {options.gpa:#x}: 0 to 2^63 - 1")
     if not 0 <= options.poll_us <= 1000:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
     return Destination(host, port, options.migration, options.lanes, background=not options.no_background)
@@ -92,7 +94,7 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
             await guest.done()
             return _summary(migration)
         except* GmemdError as group:
-            await guest.failed(str(group.exceptions[0]), resume=not migration.switched)
+            await guest.failed(str(group.exceptions[0]), resume=migration.may_resume)
             raise
         finally:
             migration.close()

@@ -4,10 +4,10 @@ import logging
 
 import trio
 
-from gmemd.errors import LinkError, ProtocolError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError
 from gmemd.migrate import wire
-from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, tune
-from gmemd.migrate.state import Phase, Role
+from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
+from gmemd.migrate.state import Role
 from gmemd.registry import Finished, Registry
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ class SourceConnections:
         """One connection."""
         try:
             address = "{}:{}".format(*stream.socket.getpeername())
-            tune(stream.socket)
         except OSError:
             await trio.aclose_forcefully(stream)  # it has gone already
             return
@@ -39,19 +38,23 @@ class SourceConnections:
             await trio.aclose_forcefully(stream)
             return
         messages = MessageStream(stream, Role.SOURCE, address)
+        taken = False
         try:
             taken = await self._shake_hands(messages)
+        except LinkError as error:
+            log.info("%s", error)
         except (RefusedError, ProtocolError) as error:
-            taken = False
             log.warning("%s: refused: %s", address, error)
             await self._tell(messages, wire.Refused(str(error)[: wire.MAX_TEXT]))
-        except LinkError as error:
-            taken = False
-            log.info("%s", error)
+        except AbandonedError as error:
+            log.info("%s: given up: %s", address, error)
+            await self._tell(messages, wire.Failed(str(error)[: wire.MAX_TEXT]))
+        except GmemdError as error:  # of this host; by the time that the source comes again it may be mended
+            log.error("%s: %s", address, error, extra={"once": str(error), "every": 60.0})
         finally:
             self._places.release_on_behalf_of(stream)
-        if not taken:
-            await trio.aclose_forcefully(stream)
+            if not taken:
+                await trio.aclose_forcefully(stream)
 
     async def _shake_hands(self, messages: MessageStream) -> bool:
         """Returns whether somebody else owns the connection now."""
@@ -76,33 +79,32 @@ class SourceConnections:
         control = ControlLane(messages, Role.DESTINATION)
         control.take(hello)
         migration = self.registry.get(hello.migration)
-        if migration is None and (ended := self.registry.find_finished(hello.migration)):
-            await self._say_ended(control, hello, ended)
+        ended = self.registry.find_finished(hello.migration)
+        if migration is None and ended and await self._say_ended(messages, hello, ended):
+            return
         while migration is None:
             with trio.move_on_after(self.settings.heartbeat):
                 migration = await self.registry.arrival(hello.migration)
                 break
             await control.send(wire.Waiting())
-        try:
-            await migration.serve_source(control, hello)
-        except (RefusedError, ProtocolError) as error:
-            if control.conversation.phase is Phase.GREETED:
-                raise
-            log.warning("%s: %s", messages.address, error, extra={"migration": hello.migration})
-            await self._tell(messages, wire.Failed(str(error)[: wire.MAX_TEXT]))
+        await migration.serve_source(control, hello)
 
-    async def _say_ended(self, control: ControlLane, hello: wire.Hello, ended: Finished) -> None:
+    async def _say_ended(self, messages: MessageStream, hello: wire.Hello, ended: Finished) -> bool:
         """A source that was cut off at the very end hears how it ended. One that is new may mean another migration of
         the same name, and must not take the end of the old one for its own."""
-        if hello.epoch == ended.epoch and ended.complete:
-            await control.send(wire.Complete(ended.pages))
-            raise LinkError(f"{control.messages.address}: told that {hello.migration} is complete")
+        if hello.epoch and hello.epoch == ended.epoch and ended.token in (b"", hello.token):
+            if not ended.complete:
+                raise AbandonedError(ended.told["link"] or "given up")
+            await self._tell(messages, wire.Complete(ended.pages))
+            return True
         if hello.epoch or ended.age < FRESH_SECONDS:
             raise RefusedError(f"migration {hello.migration} ended here {ended.age:.0f} s ago: {ended.phase}")
+        return False
 
-    async def _tell(self, messages: MessageStream, message: wire.Message) -> None:
+    async def _tell(self, messages: MessageStream, word: wire.Message) -> None:
+        """Says the last that there is to say."""
         with trio.move_on_after(self.settings.dead_after):
             try:
-                await messages.send(message)
+                await messages.send_last(word)
             except LinkError as error:
                 log.info("%s", error)

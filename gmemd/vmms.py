@@ -128,8 +128,16 @@ class VmmConnection:
             if migration.ended.is_set():
                 keeper.forget_all()
                 told = snapshot(migration)
-                ended = Finished(migration.name, migration.phase.value, migration.epoch, migration.memory.pages, told)
-                self.shared.registry.finished.append(ended)
+                self.shared.registry.finished.append(
+                    Finished(
+                        migration.name,
+                        migration.phase.value,
+                        migration.epoch,
+                        migration.token,
+                        migration.memory.pages,
+                        told,
+                    )
+                )
             with trio.CancelScope(shield=True):
                 await migration.close()
 
@@ -186,7 +194,7 @@ class VmmConnection:
         if migration.phase is Phase.COMPLETE:
             await self._tell({"done": True, "pages": migration.memory.pages})
         else:
-            await self._tell({"abandoned": migration.report.stuck or migration.report.link or "given up"})
+            await self._tell({"abandoned": migration.why_abandoned})
 
     async def _listen(self, migration: IncomingMigration) -> None:
         """What the VMM says later. That it closes its socket says nothing: its process may live on."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from gmemd.errors import GmemdError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, RefusedError
 from gmemd.migrate import wire
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
 from gmemd.migrate.session import Session
+from gmemd.migrate.tasks import open_tasks
 from gmemd.native.destination import Destination, Pager
 from gmemd.native.memory import Memory, Note
 
@@ -69,8 +70,10 @@ class IncomingMigration:
         self.report = Report()
         self.state: bytes | None = None  # the VMM's own, until the VMM has it
         self.session: Session | None = None
+        self.token = b""  # of the latest session
         self.ready = trio.Event()  # the guest may run here, or never will
         self.ended = trio.Event()
+        self._full = trio.Event()  # nothing is missing
 
     def start(self) -> None:
         """Registers the memory. From here on, a fault waits until its page has come."""
@@ -86,7 +89,7 @@ class IncomingMigration:
             self.state = state
             self._run_guest()
         if self.memory.received == self.memory.pages:
-            self._complete()
+            self._full.set()
 
     @property
     def epoch(self) -> int:
@@ -103,20 +106,26 @@ class IncomingMigration:
         """Sessions after the first, under this daemon and those before it."""
         return self.memory.note(Note.RECOVERIES)
 
+    @property
+    def why_abandoned(self) -> str:
+        return self.report.stuck or self.report.link or "given up"
+
     async def run(self) -> None:
         """Watches over the migration until it has ended, either way."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_events)
-            nursery.start_soon(self._retry_what_is_stuck)
+        async with open_tasks() as tasks:
+            for task in (self._watch_events, self._complete, self._retry_what_is_stuck):
+                tasks.start(task)
             await self.ended.wait()
-            nursery.cancel_scope.cancel()
+            tasks.stop()
 
     async def close(self) -> None:
         """Frees what is left, after the session has ended."""
+        self.ended.set()  # whoever waits for a place comes too late
         if self.session:
             if self.phase is Phase.COMPLETE:
                 await self.session.finish()
-            await self.session.stop()
+            gone = AbandonedError(self.why_abandoned) if self.phase is Phase.ABANDONED else None
+            await self.session.stop(gone)
         self.pager.remove(self.destination)
         self.destination.close()
         self.memory.close()
@@ -124,10 +133,6 @@ class IncomingMigration:
     async def serve_source(self, control: ControlLane, hello: wire.Hello) -> None:
         """Talks with a source until it goes, or until the migration ends. Raises what the connection ended with."""
         await self._admit(hello)
-        if self.session:
-            await self.session.stop()
-        if self.ended.is_set():
-            raise RefusedError(f"migration {self.name} is {self.phase.value}")
         if self.epoch:
             self.memory.set_note(Note.RECOVERIES, self.recoveries + 1)
         self.memory.set_note(Note.EPOCH, self.epoch + 1)
@@ -135,6 +140,7 @@ class IncomingMigration:
             self.phase = Phase.PREPARING
         self.report.link = None
         session = self.session = Session(self, control, hello, self.epoch)
+        self.token = session.token
         log.info("source %s, epoch %d", control.messages.address, self.epoch, extra={"migration": self.name})
         try:
             await session.run()
@@ -181,39 +187,61 @@ class IncomingMigration:
             self.ended.set()
 
     async def _admit(self, hello: wire.Hello) -> None:
-        """Refuses a source that is not ours, one too many, or one that was replaced."""
+        """Refuses a source that is not ours, one too many, or one that was replaced; ends the session that it has."""
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
         if hello.regions != regions:
             raise RefusedError(_difference(hello.regions, regions))
+        self._check_epoch(hello)
+        while session := self.session:
+            if hello.epoch:
+                await session.stop()
+            else:
+                await self._wait_for_place(session)
+            self._check_epoch(hello)
+        if self.ended.is_set():
+            raise LinkError(f"migration {self.name} has just ended: {self.phase.value}")
+
+    def _check_epoch(self, hello: wire.Hello) -> None:
         if hello.epoch > self.epoch:
             raise RefusedError(f"epoch {hello.epoch} is in the future (now is {self.epoch}): sent by the source")
         if 0 < hello.epoch < self.epoch:
             raise RefusedError(f"epoch {hello.epoch} is over (now is {self.epoch}): another source took its place")
-        if self.session and hello.epoch == 0:
-            # A source that died without a word is found out by its silence; only then may another take its place.
-            with trio.move_on_after(self.settings.dead_after + self.settings.heartbeat):
-                await self.session.over.wait()
-                return
-            raise RefusedError(f"migration {self.name} has a source already: {self.session.control.messages.address}")
+
+    async def _wait_for_place(self, session: Session) -> None:
+        """A source that died without a word is found out by its silence; only then may another take its place."""
+        with trio.move_on_after(self.settings.dead_after + self.settings.heartbeat):
+            await session.over.wait()
+            return
+        raise RefusedError(f"migration {self.name} has a source already: {session.control.messages.address}")
 
     async def _watch_events(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self.destination.event_fd)
             events = self.destination.events()
             if events.complete:
-                self._complete()
+                self._full.set()
             elif events.vmm_gone:
                 log.warning("the VMM is gone", extra={"migration": self.name})
+                self.report.link = "the VMM is gone"
                 self.end(Phase.ABANDONED)
             if events.stuck or events.vmm_broken:
                 self._stuck(events.problem)
             if events.urgent_down and self.session:
                 self.session.urgent_ended(events.problem)
 
-    def _complete(self) -> None:
-        self.memory.unregister()
-        self.end(Phase.COMPLETE)
+    async def _complete(self) -> None:
+        """When nothing is missing, and the guest has come: memory without the VMM's own state is not a guest."""
+        await self._full.wait()
+        await self.ready.wait()
+        while True:
+            try:
+                self.memory.unregister()
+                break
+            except GmemdError as error:  # the VMM is on its way out, or has unmapped what it handed over
+                self._stuck(error)
+            await trio.sleep(RETRY_SECONDS)
         log.info("complete, %d pages", self.memory.pages, extra={"migration": self.name})
+        self.end(Phase.COMPLETE)
 
     def _stuck(self, problem: GmemdError) -> None:
         self.report.stuck = str(problem)

@@ -1,6 +1,5 @@
 """Connections: the control lane as a stream of messages, and what all lanes share."""
 
-import socket
 import struct
 import time
 from dataclasses import dataclass
@@ -34,14 +33,9 @@ class LinkSettings:
 LANE_BEAT = struct.pack("<HBBHHQIIII", 0x4D47, KIND_BEAT, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def tune(lane: trio.socket.SocketType) -> None:
-    """Small messages go at once."""
-    lane.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 class MessageStream:
     """One connection as messages. Every way that the connection can end raises LinkError, every wrong byte
-    ProtocolError."""
+    ProtocolError. Nothing is read beyond a message: on a page lane, frames may follow it at once."""
 
     def __init__(self, stream: trio.SocketStream, peer: Role, address: str) -> None:
         self.stream = stream
@@ -65,7 +59,7 @@ class MessageStream:
         """The next message."""
         while (message := self._decoder.next_message_untrusted()) is None:
             try:
-                data = await self.stream.receive_some(READ_BYTES)
+                data = await self.stream.receive_some(self._decoder.wanted)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._broken(error) from None
             if not data:
@@ -74,6 +68,17 @@ class MessageStream:
             self.heard = time.monotonic()
             self._decoder.receive(data)
         return message
+
+    async def send_last(self, message: wire.Message) -> None:
+        """Sends a message and waits until the peer has hung up: to close over bytes that were not read would take it
+        back."""
+        await self.send(message)
+        try:
+            await self.stream.send_eof()
+            while await self.stream.receive_some(READ_BYTES):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._broken(error) from None
 
     def _broken(self, error: Exception) -> LinkError:
         return LinkError(f"{self.address}: {error.__cause__ or error}")
@@ -110,6 +115,10 @@ class ControlLane:
         """Seconds since the peer was last heard."""
         return time.monotonic() - self.messages.heard
 
+    def expect_signs_of_life(self) -> None:
+        """From now on the peer has to be heard; until now it may have had nothing to say."""
+        self.messages.heard = time.monotonic()
+
 
 async def connect(host: str, port: int, timeout: float) -> MessageStream:
     """Connects to a destination."""
@@ -117,9 +126,12 @@ async def connect(host: str, port: int, timeout: float) -> MessageStream:
     try:
         with trio.fail_after(timeout):
             stream = await trio.open_tcp_stream(host, port)
-    except (OSError, trio.TooSlowError) as error:
-        raise LinkError(f"{address}: cannot connect: {error or 'timed out'}") from None
-    tune(stream.socket)
+    except trio.TooSlowError:
+        raise LinkError(f"{address}: cannot connect in {timeout:.1f} s") from None
+    except (OSError, UnicodeError) as error:
+        # Of several addresses, each had a reason of its own.
+        why = error.__cause__.exceptions[0] if isinstance(error.__cause__, ExceptionGroup) else error
+        raise LinkError(f"{address}: cannot connect: {why}") from None
     return MessageStream(stream, Role.DESTINATION, address)
 
 

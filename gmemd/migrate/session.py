@@ -67,6 +67,7 @@ class Session:
 
     async def run(self) -> None:
         """Serves the source; returns when we end the session, and raises what else it ends with."""
+        self.control.expect_signs_of_life()
         try:
             async with open_tasks() as self._tasks:
                 for task in (self._open, self._listen, self._beat):
@@ -95,7 +96,7 @@ class Session:
         while old := self.lanes.get(hello.lane):
             old.scope.cancel()
             await old.over.wait()
-        if self._tasks is None:
+        if self._tasks is None or self._tasks.stopped:
             raise RefusedError(f"lane {hello.lane}: epoch {hello.epoch} is over: sent by the source")
         # Nobody waits between the look at `lanes` and this: two lanes of one number would share a slot.
         fd = messages.take_socket().fileno()
@@ -248,6 +249,5 @@ class Session:
     def _lane_failed(self, number: int, error: GmemdError) -> None:
         """A lane's end is the link's business; wrong bytes are worse, and end the session."""
         log.info("lane %d: %s", number, error, extra={"migration": self.migration.name})
-        if isinstance(error, ProtocolError):
-            if self._tasks:
-                self._tasks.stop(error)
+        if isinstance(error, ProtocolError) and self._tasks:
+            self._tasks.stop(error)

@@ -3,16 +3,17 @@
 import logging
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from gmemd.errors import GmemdError, LinkError, ProtocolError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError
 from gmemd.migrate import runs, wire
 from gmemd.migrate.link import ControlLane, LinkSettings, connect, expect
 from gmemd.migrate.pagelanes import PageLanes
-from gmemd.migrate.state import Role
+from gmemd.migrate.state import Phase, Role
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd.native.memory import Memory
 from gmemd.native.source import Source
@@ -70,6 +71,7 @@ class OutgoingMigration:
         self.source = Source(memory)
         self.progress = Progress()
         self.epoch = 0
+        self.token = b""
         self._random = random.Random(seed)
         self._state: bytes | None = None
 
@@ -77,6 +79,12 @@ class OutgoingMigration:
     def switched(self) -> bool:
         """Whether the guest has left, so that it must not run here any more."""
         return self.progress.switched is not None
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether the guest may run here again: the destination has said that it had not left, and we have not let it
+        go since. Before the first welcome we cannot know: another gmemd-source may have been here before us."""
+        return self.epoch != 0 and not self.switched
 
     async def run(self, patience: float | None = None) -> None:
         """Sends until the destination has everything. `patience`: seconds to go on trying without a connection before
@@ -116,17 +124,31 @@ class OutgoingMigration:
             control = ControlLane(messages, Role.SOURCE)
             welcome = await self._greet(control)
             if welcome:
-                self.epoch = welcome.epoch
+                self.epoch, self.token = welcome.epoch, welcome.token
+                if welcome.switched:
+                    self.progress.switched = self.progress.switched or time.monotonic()
                 self.progress.phase = "joining"
                 self.progress.trouble = None
-                await _Session(self, control, welcome).run()
+                await self._converse(control, welcome)
             self.progress.phase = "complete"
             self.progress.completed = time.monotonic()
+
+    async def _converse(self, control: ControlLane, welcome: wire.Welcome) -> None:
+        try:
+            await _Session(self, control, welcome).run()
+        except LinkError:
+            raise
+        except GmemdError as error:
+            if control.conversation.phase is not Phase.ENDED:
+                with trio.move_on_after(self.settings.dead_after), suppress(LinkError):
+                    await control.messages.send_last(wire.Failed(str(error)[: wire.MAX_TEXT]))
+            raise
 
     async def _greet(self, control: ControlLane) -> wire.Welcome | None:
         """The destination's welcome; None if it has everything already."""
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
-        hello = wire.Hello(self.to.migration, self.epoch, self.to.lanes, self.settings.checksum, regions)
+        checksum = self.settings.checksum
+        hello = wire.Hello(self.to.migration, self.epoch, self.token, self.to.lanes, checksum, regions)
         await control.send(hello)
         while True:
             with trio.move_on_after(self.settings.handshake_timeout):
@@ -134,10 +156,9 @@ class OutgoingMigration:
                 if isinstance(message, wire.Waiting):
                     self.progress.phase = "waiting for the VMM there"
                     continue
-                if isinstance(message, wire.Complete):
+                if isinstance(message, wire.Complete) and self.switched:
                     return None
-                if isinstance(message, wire.Refused | wire.Failed):
-                    raise RefusedError(f"{control.messages.address}: refused: {message.why}")
+                _take_no(message, control.messages.address)
                 return expect(message, wire.Welcome, Role.DESTINATION)
             raise LinkError(f"{control.messages.address}: no answer to our hello")
 
@@ -155,7 +176,7 @@ class _Session:
         self.migration = migration
         self.control = control
         self.lanes = PageLanes(migration.source, migration.to, welcome, migration.settings)
-        self._received: list[tuple[int, int, int]] = []
+        self._restarted = False  # what is to be sent has been set for the next Go
 
     async def run(self) -> None:
         """Returns when the destination has everything."""
@@ -174,8 +195,8 @@ class _Session:
                 tasks.start(self._send_all)
             elif isinstance(message, wire.Complete):
                 return
-            elif isinstance(message, wire.Failed):
-                raise RefusedError(f"{self.control.messages.address}: given up: {message.why}")
+            else:
+                _take_no(message, self.control.messages.address)
 
     def _take_received(self, message: wire.Received) -> None:
         regions = self.migration.memory.regions
@@ -184,20 +205,25 @@ class _Session:
                 f"control lane: received pages in region {message.region} of {len(regions)}: sent by the destination"
             )
         some = runs.decode_untrusted(message.start, message.runs, regions[message.region].pages)
-        self._received += [(message.region, first, pages) for first, pages in some]
+        self._restart()
+        for first, pages in some:
+            self.migration.source.skip(message.region, first, pages)
+
+    def _restart(self) -> None:
+        """Nothing is being pushed when the destination says what it has."""
+        if not self._restarted:
+            self.migration.source.restart()
+            self._restarted = True
 
     async def _send_all(self) -> None:
         """From a Go on: the guest if it has not left, then what is zero, then the rest."""
         migration = self.migration
         source = migration.source
-        received, self._received = self._received, []
-        source.restart()
-        for region, first, pages in received:
-            source.skip(region, first, pages)
-        if not self.control.conversation.switched:
+        self._restart()
+        self._restarted = False
+        if self.control.conversation.phase is Phase.SWITCHING:
             await self._switch()
         migration.progress.phase = "sending"
-        migration.progress.switched = migration.progress.switched or time.monotonic()
         for region in range(len(migration.memory.regions)):
             for some in source.holes(region):
                 for start, code in runs.encode(some):
@@ -225,3 +251,11 @@ class _Session:
             if scope.cancelled_caught or self.control.silent_for > settings.dead_after:
                 raise LinkError(f"{self.control.messages.address}: silent for {self.control.silent_for:.1f} s")
             await self.lanes.beat()
+
+
+def _take_no(message: wire.Message, address: str) -> None:
+    """Raises what the destination means, if it is a no."""
+    if isinstance(message, wire.Refused):
+        raise RefusedError(f"{address}: refused: {message.why}")
+    if isinstance(message, wire.Failed):
+        raise AbandonedError(f"{address}: given up: {message.why}")

@@ -1,5 +1,6 @@
 """The conversation on a control lane, as a table. Both ends run both roles through the same table: what we send is
-held to the same rules as what we receive.
+held to the same rules as what we receive. Messages cross on the way: what one end says may reach the other after that
+one has gone on.
 
     source                          destination
 
@@ -14,6 +15,8 @@ held to the same rules as what we receive.
                      ◀─────────     received …, go              if something is still missing
     zero …, pushed   ─────────▶
                      ◀─────────     complete
+
+Either end may end it in between: the destination by refused or failed, the source by failed.
 """
 
 from enum import Enum, auto
@@ -34,6 +37,7 @@ class Phase(Enum):
     NEW = auto()
     GREETED = auto()  # the source has said hello
     JOINING = auto()  # the destination has said welcome; page lanes are opened
+    REJOINING = auto()  # the same, and the guest runs at the destination already
     SWITCHING = auto()  # the guest may stop at the source
     SENDING = auto()  # the guest runs at the destination
     PUSHED = auto()  # all has been sent once
@@ -46,37 +50,33 @@ TRANSITIONS: dict[tuple[Phase, Role], dict[type[Message], Phase]] = {
     (Phase.NEW, S): {wire.Hello: Phase.GREETED},
     (Phase.GREETED, D): {
         wire.Waiting: Phase.GREETED,
-        wire.Welcome: Phase.JOINING,
+        wire.Welcome: Phase.JOINING,  # or REJOINING, as it says
         wire.Refused: Phase.ENDED,
         wire.Complete: Phase.ENDED,
         wire.Failed: Phase.ENDED,
     },
-    (Phase.JOINING, S): {wire.Beat: Phase.JOINING},
-    (Phase.JOINING, D): {
-        wire.Beat: Phase.JOINING,
-        wire.Received: Phase.JOINING,
-        wire.Go: Phase.SWITCHING,
-        wire.Complete: Phase.ENDED,
-        wire.Failed: Phase.ENDED,
-    },
-    (Phase.SWITCHING, S): {
-        wire.Beat: Phase.SWITCHING,
-        wire.State: Phase.SWITCHING,
-        wire.Switch: Phase.SENDING,
-        wire.Failed: Phase.ENDED,
-    },
-    (Phase.SWITCHING, D): {wire.Beat: Phase.SWITCHING, wire.Failed: Phase.ENDED},
-    (Phase.SENDING, S): {wire.Beat: Phase.SENDING, wire.Zero: Phase.SENDING, wire.Pushed: Phase.PUSHED},
-    (Phase.SENDING, D): {wire.Beat: Phase.SENDING, wire.Complete: Phase.ENDED, wire.Failed: Phase.ENDED},
-    (Phase.PUSHED, S): {wire.Beat: Phase.PUSHED},
-    (Phase.PUSHED, D): {
-        wire.Beat: Phase.PUSHED,
-        wire.Received: Phase.PUSHED,
-        wire.Go: Phase.SENDING,
-        wire.Complete: Phase.ENDED,
-        wire.Failed: Phase.ENDED,
-    },
+    (Phase.JOINING, S): {},
+    (Phase.JOINING, D): {wire.Received: Phase.JOINING, wire.Go: Phase.SWITCHING},
+    (Phase.REJOINING, S): {},
+    (Phase.REJOINING, D): {wire.Received: Phase.REJOINING, wire.Go: Phase.SENDING, wire.Complete: Phase.ENDED},
+    (Phase.SWITCHING, S): {wire.State: Phase.SWITCHING, wire.Switch: Phase.SENDING},
+    (Phase.SWITCHING, D): {},
+    (Phase.SENDING, S): {wire.Zero: Phase.SENDING, wire.Pushed: Phase.PUSHED},
+    (Phase.SENDING, D): {wire.Complete: Phase.ENDED},
+    (Phase.PUSHED, S): {},
+    (Phase.PUSHED, D): {wire.Received: Phase.PUSHED, wire.Go: Phase.SENDING, wire.Complete: Phase.ENDED},
 }
+for (phase, speaker), allowed in TRANSITIONS.items():
+    if phase not in (Phase.NEW, Phase.GREETED):
+        allowed |= {wire.Beat: phase, wire.Failed: Phase.ENDED}
+        allowed |= {wire.Refused: Phase.ENDED} if speaker is D else {}
+# What was on its way when the other end ended it.
+TRANSITIONS[Phase.ENDED, S] = dict.fromkeys(
+    (wire.Beat, wire.State, wire.Switch, wire.Zero, wire.Pushed, wire.Failed), Phase.ENDED
+)
+TRANSITIONS[Phase.ENDED, D] = dict.fromkeys(
+    (wire.Beat, wire.Received, wire.Go, wire.Complete, wire.Refused, wire.Failed), Phase.ENDED
+)
 
 
 class Conversation:
@@ -84,7 +84,6 @@ class Conversation:
 
     def __init__(self) -> None:
         self.phase = Phase.NEW
-        self.switched = False
 
     def step(self, speaker: Role, message: Message) -> None:
         """Takes a message of `speaker`; ProtocolError if it may not say that now."""
@@ -95,9 +94,5 @@ class Conversation:
                 f"control lane: {wire.NAMES[kind]} while {self.phase.name.lower()}: sent by the {speaker.value}"
             )
         self.phase = allowed[kind]
-        if isinstance(message, wire.Welcome):
-            self.switched = message.switched
-        elif isinstance(message, wire.Switch):
-            self.switched = True
-        if self.phase is Phase.SWITCHING and self.switched:
-            self.phase = Phase.SENDING
+        if isinstance(message, wire.Welcome) and message.switched:
+            self.phase = Phase.REJOINING

@@ -26,6 +26,11 @@ class Tasks:
         """Runs a task that says when it has started, and waits for that."""
         await self._nursery.start(task)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether they are to end: a nursery that has ended takes no more."""
+        return self._nursery.cancel_scope.cancel_called
+
     def stop(self, error: GmemdError | None = None) -> None:
         """Ends all tasks, because of `error` if one is given."""
         self.error = self.error or error

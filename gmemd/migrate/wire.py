@@ -9,6 +9,7 @@ frames (gmemd/native/frame.h) once their hello has been answered.
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from reprlib import repr as shown  # of a peer's value: short, and not as deep as it may be
 from typing import ClassVar, TypeGuard
 
 import msgpack
@@ -46,6 +47,10 @@ def _text(longest: int) -> Check:
 
 def _bytes(longest: int) -> Check:
     return lambda value: type(value) is bytes and len(value) <= longest
+
+
+def _token(value: object) -> bool:
+    return type(value) is bytes and len(value) == TOKEN_BYTES
 
 
 def _truth(value: object) -> bool:
@@ -91,18 +96,20 @@ class Message:
 class Hello(Message):
     """Source, first on every control lane: who it is, and each region's [gpa, pages, page shift].
 
-    `epoch` is the last that this source was given, 0 if none yet.
+    `epoch` and `token` are the last that this source was given, 0 and empty if none yet.
     """
 
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "migration": valid_id,
         "epoch": _integer(0, MAX_EPOCH),
+        "token": lambda value: value == b"" or _token(value),
         "lanes": _integer(1, MAX_LANES),
         "checksum": _truth,
         "regions": _regions,
     }
     migration: str
     epoch: int
+    token: bytes
     lanes: int
     checksum: bool
     regions: list[list[int]]
@@ -110,11 +117,14 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Destination, in answer: the epoch of this session and the secret that its page lanes show."""
+    """Destination, in answer: the epoch of this session and the secret that its page lanes show.
+
+    `switched`: the guest runs at the destination already.
+    """
 
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "epoch": _integer(1, MAX_EPOCH),
-        "token": lambda value: _bytes(TOKEN_BYTES)(value) and len(value) == TOKEN_BYTES,
+        "token": _token,
         "checksum": _truth,
         "switched": _truth,
     }
@@ -132,7 +142,7 @@ class LaneHello(Message):
         "migration": valid_id,
         "epoch": _integer(1, MAX_EPOCH),
         "lane": _integer(0, MAX_LANES),
-        "token": _bytes(TOKEN_BYTES),
+        "token": _token,
     }
     migration: str
     epoch: int
@@ -152,7 +162,7 @@ class Waiting(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
-    """Destination: no, and trying the same again does not help."""
+    """Destination: no, and trying the same again does not help. The migration itself stays as it is."""
 
     CHECKS: ClassVar[Mapping[str, Check]] = {"why": _text(MAX_TEXT)}
     why: str
@@ -278,11 +288,11 @@ def decode_untrusted(body: bytes) -> Message:
         raise ProtocolError(f"control lane: not msgpack: {error}") from None
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in MESSAGES:
-        raise ProtocolError(f"control lane: a message of no known type: {kind!r:.40}")
+        raise ProtocolError(f"control lane: a message of no known type: {shown(kind)}")
     cls = MESSAGES[kind]
     for name, check in cls.CHECKS.items():
         if name not in value or not check(value[name]):
-            raise ProtocolError(f"control lane: {kind}: bad {name}: {value.get(name)!r:.60}")
+            raise ProtocolError(f"control lane: {kind}: bad {name}: {shown(value.get(name))}")
     return cls(**{name: value[name] for name in cls.CHECKS})
 
 
@@ -328,6 +338,15 @@ class Decoder:
         if crc32c(body) != crc:
             raise LinkError("control lane: a message was damaged on the way")
         return decode_untrusted(body)
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that the next step takes: who reads no more leaves what follows a message to somebody else."""
+        if not self._greeted:
+            return PREAMBLE.size - len(self._buffer)
+        if len(self._buffer) < HEAD.size:
+            return HEAD.size - len(self._buffer)
+        return HEAD.size + int(HEAD.unpack_from(self._buffer)[0]) - len(self._buffer)
 
     @property
     def pending(self) -> bool:
