@@ -2,31 +2,42 @@
 
 #include "clock.h"
 
-/* The shortest poll worth having: about two system calls. */
-enum { FIRST_NS = 4000 };
+enum {
+    MEMORY = 16,                   /* polls that the memory goes back, about */
+    HARDLY_EVER = GM_POLL_ALL / 8, /* below this share, polling costs more than it saves */
+    TRY_EVERY = 16,                /* and is still tried once in so many times, since networks and guests change */
+};
 
-static void learn(struct gm_poll *p, uint64_t slept)
+void gm_poll_init(struct gm_poll *p, uint32_t most_us)
 {
-    if (slept > p->most_ns)
-        p->now_ns = p->now_ns / 2 < FIRST_NS ? 0 : p->now_ns / 2;
-    else if (p->now_ns < p->most_ns)
-        p->now_ns = p->now_ns ? p->now_ns * 2 : FIRST_NS;
-    if (p->now_ns > p->most_ns)
-        p->now_ns = p->most_ns;
+    *p = (struct gm_poll){.most_ns = (uint64_t)most_us * 1000, .worth = GM_POLL_ALL};
+}
+
+static int poll_now(struct gm_poll *p, int epoll, struct epoll_event *events, int most)
+{
+    uint64_t until = gm_now_ns() + p->most_ns;
+    int n;
+
+    do
+        n = epoll_wait(epoll, events, most, 0);
+    while (!n && gm_now_ns() < until);
+    p->worth -= p->worth / MEMORY;
+    if (n > 0)
+        p->worth += GM_POLL_ALL / MEMORY;
+    return n;
 }
 
 int gm_poll_wait(struct gm_poll *p, int epoll, struct epoll_event *events, int most, int timeout_ms)
 {
-    uint64_t began = gm_now_ns(), now = began;
-    int n;
+    int n = epoll_wait(epoll, events, most, 0);
 
-    do {
-        n = epoll_wait(epoll, events, most, 0);
+    if (n || !timeout_ms)
+        return n;
+    if (p->most_ns && (p->worth >= HARDLY_EVER || ++p->skipped >= TRY_EVERY)) {
+        p->skipped = 0;
+        n = poll_now(p, epoll, events, most);
         if (n)
             return n;
-        now = gm_now_ns();
-    } while (now - began < p->now_ns);
-    n = epoll_wait(epoll, events, most, timeout_ms);
-    learn(p, gm_now_ns() - now);
-    return n;
+    }
+    return epoll_wait(epoll, events, most, timeout_ms);
 }

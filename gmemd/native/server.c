@@ -37,7 +37,7 @@ struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, u
         gm_blame(ret, GM_KERNEL, ENOMEM, "urgent lane");
         return NULL;
     }
-    server->poll.most_ns = (uint64_t)poll_us * 1000;
+    gm_poll_init(&server->poll, poll_us);
     server->heard_ns = gm_now_ns();
     server->epoll = epoll_create1(EPOLL_CLOEXEC);
     server->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -92,12 +92,6 @@ uint64_t gm_server_heard_ns(const struct gm_server *server)
     return atomic_load(&server->heard_ns);
 }
 
-static bool damaged(const struct gm_server *server, const struct gm_frame *frame, const unsigned char *header)
-{
-    return server->sender.checksum &&
-           (!(frame->flags & GM_FRAME_CRC) || gm_frame_crc(header, NULL, 0) != frame->crc);
-}
-
 /* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
 static int take_request(struct gm_server *server, struct gm_problem *ret)
 {
@@ -106,15 +100,10 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
     struct gm_region *r;
     struct gm_frame f;
 
-    if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.name, &f, ret) < 0)
+    if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.checksum, server->sender.name, &f, ret) < 0)
         return -1;
-    if (damaged(server, &f, header))
-        return gm_blame(ret, GM_LINK, 0, "urgent lane: a damaged request");
     if (f.kind == GM_KIND_REQUEST) {
         r = &source->memory->region[f.region];
-        if (f.count > gm_source_frame_pages(r))
-            return gm_blame(ret, GM_PEER, 0, "urgent lane: %u pages asked for at once (%u may be): sent by the destination",
-                            f.count, gm_source_frame_pages(r));
         if (!gm_sender_fits(&server->sender, r, f.count))
             return 1;
         gm_bitmap_set(r->claimed, f.first, f.count);
