@@ -164,9 +164,6 @@ class _Coder:
 
     def take_block(self, pending: bytearray, lost: int) -> bytes:
         """A block of as many records as it takes, which are removed from `pending`; it may be empty."""
-        if pending:
-            first: int = RECORD.unpack_from(pending)[0]
-            self._tick[0] = max(self._tick[0], first // lib.GM_TRACE_TICK_NS)
         start: int = self._tick[0]
         taken = self._encode(pending)
         del pending[: taken * RECORD.size]

@@ -197,6 +197,14 @@ def test_a_large_hole_is_passed_over(tmp_path: Path, rng: random.Random, expect_
     assert len(faults) // 3 < len(got) < len(faults)
 
 
+@pytest.mark.parametrize("inside", range(len(trace.MARK) + 1))
+def test_a_mark_across_two_reads_is_found(tmp_path: Path, expect_log: ExpectLog, inside: int) -> None:
+    path = write(tmp_path / "t.gmtrace", [])
+    path.write_bytes(path.read_bytes() + bytes(trace.READ_BYTES - inside) + block(GOOD))
+    expect_log(f"{trace.READ_BYTES - inside} bytes from .* damaged or cut off")
+    assert len(read(path)) == 1
+
+
 @given(rest=st.binary(max_size=200), marks=st.integers(0, 3))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_read_without_a_crash(tmp_path: Path, expect_log: ExpectLog, rest: bytes, marks: int) -> None:
