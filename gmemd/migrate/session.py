@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 URGENT = 0
 # A lane thread gives its place to another migration's lane after this long.
-STEP_US = 5000
+STEP_US = 20_000
 # After the source has sent all, this long without a page means that what is missing was lost on the way.
 QUIET_SECONDS = 0.25
 MAX_QUIET_SECONDS = 5.0

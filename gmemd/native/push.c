@@ -4,8 +4,12 @@
 #include "sender.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+
+/* A full socket of a destination that keeps up has room again before this; then the event loop need not be asked. */
+enum { LINGER_MS = 10 };
 
 struct gm_push {
     struct gm_sender sender;
@@ -33,6 +37,17 @@ void gm_push_free(struct gm_push *p)
     free(p);
 }
 
+/* Sends what is queued, and waits a little for the room to do so. As gm_sender_flush(). */
+static int flush(struct gm_push *p, struct gm_problem *ret)
+{
+    struct pollfd room = {.fd = p->sender.socket, .events = POLLOUT};
+    int left = gm_sender_flush(&p->sender, ret);
+
+    while (left > 0 && poll(&room, 1, LINGER_MS) > 0)
+        left = gm_sender_flush(&p->sender, ret);
+    return left;
+}
+
 int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
 {
     struct gm_source *source = p->sender.source;
@@ -42,7 +57,7 @@ int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
         const struct gm_region *region;
         uint64_t first;
         unsigned count;
-        int left = gm_sender_flush(&p->sender, ret);
+        int left = flush(p, ret);
 
         if (left)
             return left < 0 ? -1 : GM_PUSH_FULL;
