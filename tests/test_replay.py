@@ -15,7 +15,8 @@ from gmemd.errors import DataError, GmemdError, UnavailableError
 from gmemd.native import check, ffi, lib
 from gmemd.native.memory import Region
 from gmemd.trace import RECORD, TraceWriter, segments
-from gmemd_tools.replay import patterns, run, summary
+from gmemd_tools.demo.processes import Process, Stage
+from gmemd_tools.replay import patterns, summary
 from gmemd_tools.replay.guest import Guest
 from gmemd_tools.replay.recording import Recording, load
 from gmemd_tools.replay.run import Setup, replay
@@ -344,9 +345,9 @@ def test_process_that_dies_ends_the_replay(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     """Also the threads that wait for a page then."""
-    start = run.Stage.start
+    start = Stage.start
 
-    async def start_and_note(stage: run.Stage, name: str, *arguments: Any, **more: Any) -> run.Process:
+    async def start_and_note(stage: Stage, name: str, *arguments: Any, **more: Any) -> Process:
         process = await start(stage, name, *arguments, **more)
         started[name] = process
         return process
@@ -355,9 +356,9 @@ def test_process_that_dies_ends_the_replay(
         started[victim].process.kill()
         become_ready(guest)
 
-    started: dict[str, run.Process] = {}
+    started: dict[str, Process] = {}
     become_ready = Guest.ready
-    monkeypatch.setattr(run.Stage, "start", start_and_note)
+    monkeypatch.setattr(Stage, "start", start_and_note)
     monkeypatch.setattr(Guest, "ready", ready)
     with pytest.raises(UnavailableError, match=f"{victim} ended with -9"):
         replay(load([made("random")]), Setup(speed=None, on_demand=True))

@@ -59,20 +59,19 @@ def read(path: Path) -> list[Fault]:
         return list(reader)
 
 
-FAULTS = st.lists(
-    st.one_of(
-        st.builds(
-            Fault,
-            time_ns=st.integers(0, 1 << 62),
-            page=st.integers(0, place.pages - 1),
-            thread=st.integers(0, (1 << 32) - 1),
-            region=st.just(index),
-            write=st.booleans(),
-            minor=st.booleans(),
-        )
-        for index, place in enumerate(REGIONS)
+def faults_in(index: int) -> st.SearchStrategy[Fault]:
+    return st.builds(
+        Fault,
+        time_ns=st.integers(0, 1 << 62),
+        page=st.integers(0, REGIONS[index].pages - 1),
+        thread=st.integers(0, (1 << 32) - 1),
+        region=st.just(index),
+        write=st.booleans(),
+        minor=st.booleans(),
     )
-)
+
+
+FAULTS = st.lists(st.integers(0, len(REGIONS) - 1).flatmap(faults_in))
 
 
 @given(faults=FAULTS, cut=st.integers(1, 100))
