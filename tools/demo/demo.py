@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from gmemd_tools.demo import view
+from gmemd_tools.demo.cast import Cast
+from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
+from gmemd_tools.demo.link import Link
+from gmemd_tools.demo.plan import MIGRATION, Plan
+from gmemd_tools.demo.processes import open_stage
 from rich.console import Console
 
 from gmemd import config, status
 from gmemd.errors import GmemdError, UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
-from gmemd_tools.demo import view
-from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
-from gmemd_tools.demo.link import Link
-from gmemd_tools.demo.plan import MIGRATION, Plan
-from gmemd_tools.demo.processes import Process, Stage, open_stage
 
-READY_SECONDS = 30.0
 LOOK_SECONDS = 0.05
-# Longer than it takes both ends to find a stalled link dead.
-STALL_SECONDS = 2.0
 MAX_VCPUS = 8
 
 Event = dict[str, Any]
@@ -64,10 +62,10 @@ async def _run(plan: Plan, injections: list[Injection], console: Console) -> Eve
     show = view.Live(console, quiet=plan.options.json or not sys.stderr.isatty())
     async with open_stage(plan.directory) as stage, open_tasks() as tasks:
         with show:
-            demo = Demo(plan, stage, show)
+            demo = Demo(Cast(plan, stage), show)
             if injections:
-                demo.link = Link(plan.port)
-                await tasks.serve(demo.link.run)
+                demo.cast.link = Link(plan.port)
+                await tasks.serve(demo.cast.link.run)
             summary = await demo.run(injections)
         tasks.stop()
     return summary
@@ -75,97 +73,48 @@ async def _run(plan: Plan, injections: list[Injection], console: Console) -> Eve
 
 @dataclass
 class Demo:
-    """The processes of one demo, and what is done with them."""
+    """One demo, and what was heard in it."""
 
-    plan: Plan
-    stage: Stage
+    cast: Cast
     show: view.Live
-    link: Link | None = None
     events: dict[str, Event] = field(default_factory=dict)
-    daemon: Process = field(init=False)
-    source: Process = field(init=False)
-    destination: Process = field(init=False)
-    sender: Process = field(init=False)
 
     async def run(self, injections: list[Injection]) -> Event:
         """From the first process to the last check."""
-        stage, plan = self.stage, self.plan
-        await self._start_daemon()
+        cast = self.cast
+        await cast.start_daemon()
         self.show.say("the guest fills its memory at the source")
-        self.source = await stage.vmm("source", *plan.source())
-        await self.source.event("running")
-        self.destination = await stage.vmm("destination", *plan.destination())
+        await cast.start_source()
+        await cast.start_destination()
         self.show.say("the guest runs; its memory is about to leave it")
-        await self._start_sender()
+        await cast.start_sender()
         await self._watch(injections)
         self.show.say("everything has arrived; every page is checked")
-        await self.destination.tell("verify", *self.events["paused"]["memory"])
-        self.events["verified"] = await self.destination.event("verified")
+        await cast.destination.tell("verify", *self.events["paused"]["memory"])
+        self.events["verified"] = await cast.destination.event("verified")
         return self._summary(await self._look())
-
-    async def _start_daemon(self) -> None:
-        """Starts the daemon and waits until it is ready, as a service manager would."""
-        path = self.plan.directory / "notify.sock"
-        path.unlink(missing_ok=True)
-        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as notify:
-            await notify.bind(str(path))
-            self.daemon = await self.stage.python(
-                "daemon", "gmemd.cli", *self.plan.daemon(), environ={"NOTIFY_SOCKET": str(path)}
-            )
-            with trio.move_on_after(READY_SECONDS):
-                while b"READY=1" not in await notify.recv(4096):
-                    pass
-                return
-        raise UnavailableError("the daemon does not become ready")
-
-    async def _start_sender(self) -> None:
-        port = self.link.port if self.link else self.plan.port
-        self.sender = await self.stage.python("sender", "gmemd.source_cli", *self.plan.sender(port))
 
     async def _watch(self, injections: list[Injection]) -> None:
         """From the start of the sender until nothing is missing."""
+        destination = self.cast.destination
         async with open_tasks() as tasks:
             if not self.show.quiet:
                 tasks.start(self._show)
             tasks.start(inject, injections, self._arrived, self._actions())
-            for process, names in ((self.destination, ("ready", "first-instruction")), (self.source, ("paused",))):
+            for process, names in ((destination, ("ready", "first-instruction")), (self.cast.source, ("paused",))):
                 for name in names:
                     self.events[name] = await process.event(name)
-            self.events["done"] = await self.destination.event("done")
+            self.events["done"] = await destination.event("done")
             tasks.stop()
 
     def _actions(self) -> dict[str, Any]:
         return {
-            "link-cut": self._cut,
-            "link-stall": self._stall,
-            "daemon-kill": self._kill_daemon,
-            "daemon-restart": self._restart_daemon,
-            "source-kill": self._kill_sender,
+            "link-cut": self.cast.cut,
+            "link-stall": self.cast.stall,
+            "daemon-kill": self.cast.kill_daemon,
+            "daemon-restart": self.cast.restart_daemon,
+            "source-kill": self.cast.kill_sender,
         }
-
-    async def _cut(self) -> None:
-        assert self.link
-        self.link.cut()
-
-    async def _stall(self) -> None:
-        assert self.link
-        self.link.stall()
-        await trio.sleep(STALL_SECONDS)
-        self.link.heal()
-
-    async def _kill_daemon(self) -> None:
-        self.daemon.process.kill()
-        await self.daemon.process.wait()
-        await self._start_daemon()
-
-    async def _restart_daemon(self) -> None:
-        await self.stage.end(self.daemon)
-        await self._start_daemon()
-
-    async def _kill_sender(self) -> None:
-        self.sender.process.kill()
-        await self.sender.process.wait()
-        await self._start_sender()
 
     async def _arrived(self) -> float:
         found = await self._look()
@@ -182,7 +131,7 @@ class Demo:
     async def _look(self) -> Event:
         """What the daemon says of the migration; nothing while there is no daemon."""
         try:
-            told = await trio.to_thread.run_sync(status.ask, self.plan.status_socket, {"command": "status"})
+            told = await trio.to_thread.run_sync(status.ask, self.cast.plan.status_socket, {"command": "status"})
         except GmemdError:
             return {}
         return next((m for m in told["migrations"] + told["finished"] if m["migration"] == MIGRATION), {})
@@ -194,7 +143,7 @@ class Demo:
         every_page = verified["pages_verified"] == verified["pages"] and not verified["mismatches"]
         return {
             "ok": bool(verified["ok"]) and every_page,
-            "backing": self.plan.options.backing,
+            "backing": self.cast.plan.options.backing,
             "guest": verified["guest"],
             "trap": ready["trap"],
             "populate": ready["populate"],

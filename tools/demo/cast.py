@@ -1,0 +1,79 @@
+"""Who plays in a demo: a daemon, a VMM on each side, a sender between them; and what can be done to them."""
+
+from dataclasses import dataclass, field
+
+import trio
+from gmemd_tools.demo.link import Link
+from gmemd_tools.demo.plan import Plan
+from gmemd_tools.demo.processes import Process, Stage
+
+from gmemd.errors import UnavailableError
+
+READY_SECONDS = 30.0
+# Longer than it takes both ends to find a stalled link dead.
+STALL_SECONDS = 2.0
+
+
+@dataclass
+class Cast:
+    """The processes of one migration. With a `link`, the sender goes through it."""
+
+    plan: Plan
+    stage: Stage
+    link: Link | None = None
+    daemon: Process = field(init=False)
+    source: Process = field(init=False)
+    destination: Process = field(init=False)
+    sender: Process = field(init=False)
+
+    async def start_daemon(self) -> None:
+        """Starts the daemon and waits until it is ready, as a service manager would."""
+        path = self.plan.directory / "notify.sock"
+        path.unlink(missing_ok=True)
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as notify:
+            await notify.bind(str(path))
+            self.daemon = await self.stage.python(
+                "daemon", "gmemd.cli", *self.plan.daemon(), environ={"NOTIFY_SOCKET": str(path)}
+            )
+            with trio.move_on_after(READY_SECONDS):
+                while b"READY=1" not in await notify.recv(4096):
+                    pass
+                return
+        raise UnavailableError("the daemon does not become ready")
+
+    async def start_source(self) -> None:
+        """Starts the VMM that has the guest, and waits until the guest runs."""
+        self.source = await self.stage.vmm("source", *self.plan.source())
+        await self.source.event("running")
+
+    async def start_destination(self) -> None:
+        """Starts the VMM that is to have it."""
+        self.destination = await self.stage.vmm("destination", *self.plan.destination())
+
+    async def start_sender(self) -> None:
+        port = self.link.port if self.link else self.plan.port
+        self.sender = await self.stage.python("sender", "gmemd.source_cli", *self.plan.sender(port))
+
+    async def cut(self) -> None:
+        assert self.link
+        self.link.cut()
+
+    async def stall(self, seconds: float = STALL_SECONDS) -> None:
+        assert self.link
+        self.link.stall()
+        await trio.sleep(seconds)
+        self.link.heal()
+
+    async def kill_daemon(self) -> None:
+        self.daemon.process.kill()
+        await self.daemon.process.wait()
+        await self.start_daemon()
+
+    async def restart_daemon(self) -> None:
+        await self.stage.end(self.daemon)
+        await self.start_daemon()
+
+    async def kill_sender(self) -> None:
+        self.sender.process.kill()
+        await self.sender.process.wait()
+        await self.start_sender()
