@@ -44,7 +44,12 @@ test: ## everything that must hold: lint, types, tests from the lowest layer up,
 .PHONY: lint
 lint: $(INSTALLED) ## ruff and mypy; the C compiler's warnings are errors in any build
 	$(BIN)/ruff check
-	$(BIN)/mypy
+	mkdir -p build/types && ln -sfn ../../tools build/types/gmemd_tools
+	MYPYPATH=build/types $(BIN)/mypy -p gmemd -p gmemd_tools
+	for tests in $(wildcard tests tests/*/); do \
+	  ls $$tests/*.py >/dev/null 2>&1 || continue; \
+	  MYPYPATH=build/types:tests:$$tests $(BIN)/mypy $$tests/*.py || exit; \
+	done
 
 .PHONY: test-sanitize test-asan test-tsan
 test-sanitize: test-asan test-tsan ## the native tests under the address, undefined-behaviour and thread sanitizers

@@ -1,6 +1,7 @@
 """`gmemd`: the command line of the daemon's host."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from gmemd import __version__, config, errors, log
 
 Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130  # as shells do: 128 + SIGINT
+UNHEARD = 141  # 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +35,10 @@ def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | N
         return _report(parser, _first(expected))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Who reads our output has enough. What is left of it must not fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEARD
 
 
 def _report(parser: argparse.ArgumentParser, error: errors.GmemdError) -> int:
