@@ -4,8 +4,9 @@ import json
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Replay:
                     await self._receive(guest, stage, port)
                 except UnavailableError:
                     with trio.move_on_after(LAST_WORDS_SECONDS):
-                        await daemon.result()  # which raises, if it has ended, what it said last
+                        await _until_ended(daemon)
                     raise
                 verified = await trio.to_thread.run_sync(guest.verify)
         return result(self.recording, self.played, self.status, verified)
@@ -82,10 +83,10 @@ class Replay:
         with vmm.Receiver(guest, self.directory / DAEMON_SOCKET, MIGRATION) as receiver:
             await receiver.hand_over()
             async with open_tasks() as giving:
-                giving.start(vmm.give, guest, self.directory / SOURCE_SOCKET)
+                giving.start(vmm.give, guest, await vmm.listen(self.directory / SOURCE_SOCKET))
                 sender = await self._start_sender(stage, port)
                 async with open_tasks() as tasks:
-                    tasks.start(_until_sent, sender)
+                    tasks.start(_until_ended, sender)
                     tasks.start(receiver.listen)
                     tasks.start(self._play, guest)
                     await self._watch(guest, receiver)
@@ -93,10 +94,8 @@ class Replay:
 
     async def _watch(self, guest: Guest, receiver: vmm.Receiver) -> None:
         try:
-            with trio.move_on_after(READY_SECONDS):
+            with _limit("the daemon does not say ready"):
                 await receiver.ready.wait()
-            if not receiver.ready.is_set():
-                raise UnavailableError(f"the daemon is not ready within {READY_SECONDS:.0f} s")
             guest.ready()
             await self._all_played.wait()
             self.status = await self._ask_status()
@@ -130,8 +129,8 @@ class Replay:
             command = [*self._program("gmemd", "gmemd.cli"), "serve", f"--config={self._write_config()}"]
             daemon = await stage.start("daemon", command, environ={"NOTIFY_SOCKET": str(path)})
             async with open_tasks() as tasks:
-                tasks.start(_raise_its_end, daemon)
-                with trio.fail_after(READY_SECONDS):
+                tasks.start(_until_ended, daemon)
+                with _limit("the daemon does not start"):
                     while b"READY=1" not in await notify.recv(READ_BYTES):
                         pass
                 tasks.stop()
@@ -189,12 +188,17 @@ def _in_a_new_thread(call: Callable[[], int]) -> int:
         return pool.submit(call).result()
 
 
-async def _until_sent(sender: Process) -> None:
-    await sender.result()
+@contextmanager
+def _limit(problem: str) -> Iterator[None]:
+    with trio.move_on_after(READY_SECONDS) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise UnavailableError(f"{problem} in {READY_SECONDS:.0f} s")
 
 
-async def _raise_its_end(daemon: Process) -> None:
-    await daemon.result()
+async def _until_ended(process: Process) -> None:
+    """Raises what it said last if it ends without a result."""
+    await process.result()
 
 
 def replay(recording: Recording, setup: Setup) -> dict[str, Any]:

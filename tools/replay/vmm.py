@@ -20,12 +20,17 @@ def _regions(guest: Guest, keys: tuple[str, ...]) -> list[dict[str, int]]:
     return [{key: getattr(region, key) for key in keys} for region in guest.regions]
 
 
-async def give(guest: Guest, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def listen(path: Path) -> trio.socket.SocketType:
+    """A socket to which `gmemd-source` may connect."""
+    listener = _seqpacket()
+    await listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+async def give(guest: Guest, listener: trio.socket.SocketType) -> None:
     """The source's VMM: answers every `gmemd-source` that connects, until cancelled. Its guest never ran."""
-    with _seqpacket() as listener:
-        await listener.bind(str(path))
-        listener.listen()
-        task_status.started()
+    with listener:
         while True:
             connection, _ = await listener.accept()
             with connection, suppress(OSError):  # one that died is followed by another
