@@ -72,6 +72,10 @@ test-asan test-tsan: test-%: $(INSTALLED)
 demo: $(INSTALLED) ## a running KVM guest moves to another daemon, every page checked (ARGS=)
 	@$(BIN)/gmemd demo $(ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED) ## small migrations with a fault at a random byte each (ARGS='--runs 200' of each kind)
+	@$(BIN)/python -m gmemd_tools.soak $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) ## measurements beside the floor and the peers (ARGS=--quick)
 	@$(BIN)/python tools/bench $(ARGS)

@@ -11,6 +11,7 @@ KINDS = ("link-cut", "link-stall", "daemon-kill", "daemon-restart", "source-kill
 DEFAULT_PERCENT = 50
 # With a fault to come, the background takes this long, so that the fault meets a migration and not its end.
 SECONDS = 4
+LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -41,6 +42,6 @@ async def inject(
 ) -> None:
     """Does each when `arrived` (per cent) says that it is time."""
     for injection in injections:
-        while await arrived() < injection.percent:
-            await trio.sleep(0.01)
+        while await arrived() < injection.percent:  # noqa: ASYNC110: the daemon is asked, it does not tell
+            await trio.sleep(LOOK_SECONDS)
         await actions[injection.kind]()

@@ -1,0 +1,189 @@
+"""One run: a small migration, a fault or two, and at the end the guest checks every page of its memory."""
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+from gmemd_tools.demo.cast import Cast
+from gmemd_tools.demo.link import Link
+from gmemd_tools.demo.plan import MIGRATION, Plan
+from gmemd_tools.demo.processes import Process, open_stage
+from gmemd_tools.soak.faults import Fault, draw
+
+from gmemd import holder, notify, status
+from gmemd.errors import GmemdError, UnavailableError
+from gmemd.migrate.tasks import Tasks, open_tasks
+
+LOOK_SECONDS = 0.01
+MIB = 1 << 20
+MEMORY_MIB = 16
+# Bytes/s of the background; 0 is no limit.
+RATES = (0, 40 * MIB, 120 * MIB)
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of one run. `struck`: faults that came before the end."""
+
+    kind: str
+    seed: int
+    ok: bool = False
+    seconds: float = 0.0
+    struck: int = 0
+    recoveries: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    guest: str = ""
+    error: str = ""
+    kept: str = ""  # where the logs of a failed run are
+
+
+async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Result:
+    """Everything about it follows from its kind and its seed. It ends within `deadline` seconds, one way or other."""
+    rng = random.Random(f"{kind} {seed}")
+    result = Result(kind, seed)
+    faults = draw(kind, MEMORY_MIB * MIB, rng)
+    result.faults = [asdict(fault) for fault in faults]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gmemd-soak-") as directory:
+        plan = Plan(_options(rng), Path(directory), rate=rng.choice(RATES))
+        try:
+            with trio.fail_after(deadline):
+                await _play(plan, faults, result)
+            result.ok = True
+        except trio.TooSlowError:
+            result.error = f"not over after {deadline:g} s"
+        except GmemdError as error:
+            result.error = str(error)
+        finally:
+            _empty_store(plan)
+        if keep and not result.ok:
+            result.kept = str(keep / f"{kind}-{seed}")
+            shutil.copytree(directory, result.kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
+    result.seconds = round(time.monotonic() - begin, 3)
+    return result
+
+
+def _options(rng: random.Random) -> argparse.Namespace:
+    return argparse.Namespace(
+        memory=f"{MEMORY_MIB}M",
+        vcpus=rng.randint(1, 2),
+        regions=rng.choice((1, 1, 3)),
+        backing="memfd",
+        guest=rng.choice(("auto", "auto", "threads")),
+        pattern=rng.choice(("random", "sequential", "hotset")),
+        lanes=rng.randint(1, 3),
+        populate=rng.choice(("auto", "recv", "copy")),
+        seed=rng.randrange(1, 1 << 31),
+        trace=None,
+    )
+
+
+async def _play(plan: Plan, faults: list[Fault], result: Result) -> None:
+    async with open_stage(plan.directory) as stage, open_tasks() as relay:
+        link = Link(plan.port)
+        await relay.serve(link.run)
+        cast = Cast(plan, stage, link)
+        async with open_tasks() as starting:
+            starting.start(cast.start_daemon)
+            starting.start(cast.start_source)
+        await cast.start_destination()
+        await _until_known(plan)
+        async with open_tasks() as repairs:
+            for fault in faults:
+                link.at(fault.byte, _act(fault, cast, repairs, result))
+            await cast.start_sender()
+            ready = await cast.destination.event("ready")
+            paused = await cast.source.event("paused")
+            await cast.destination.event("done")
+        result.recoveries = max(await _sender_ended(cast), await _recoveries(plan))
+        result.guest = ready["guest"]
+        await _verify(cast.destination, paused["memory"])
+        relay.stop()
+
+
+def _act(fault: Fault, cast: Cast, repairs: Tasks, result: Result) -> Callable[[], None]:
+    """What the link calls when it is time: the blow at once, and what becomes of it in a task."""
+    link = cast.link
+    assert link is not None
+    blows: dict[str, tuple[Callable[[], None], Any]] = {
+        "link-cut": (link.cut, None),
+        "link-stall": (link.stall, lambda: _heal(link, fault.seconds)),
+        "half-open": (link.go_silent, None),
+        "daemon-kill": (lambda: cast.daemon.process.kill(), cast.kill_daemon),
+        "daemon-restart": (lambda: cast.daemon.process.terminate(), cast.restart_daemon),
+        "source-kill": (lambda: cast.sender.process.kill(), cast.kill_sender),
+    }
+    blow, repair = blows[fault.kind]
+
+    def act() -> None:
+        result.struck += 1
+        blow()
+        if repair:
+            repairs.start(repair)
+
+    return act
+
+
+async def _heal(link: Link, seconds: float) -> None:
+    await trio.sleep(seconds)
+    link.heal()
+
+
+async def _until_known(plan: Plan) -> None:
+    """The daemon has taken the hand-off: a VMM whose daemon dies before that starts anew."""
+    while True:
+        with suppress(GmemdError):
+            told = await trio.to_thread.run_sync(status.ask, plan.status_socket, {"command": "status"})
+            if told["migrations"]:
+                return
+        await trio.sleep(LOOK_SECONDS)
+
+
+async def _recoveries(plan: Plan) -> int:
+    """As the daemon counted them; it does not know any more if it was started anew after the end."""
+    with suppress(GmemdError):
+        told = await trio.to_thread.run_sync(status.ask, plan.status_socket, {"command": "status"})
+        return sum(ended["recoveries"] for ended in told["finished"] if ended["migration"] == MIGRATION)
+    return 0
+
+
+async def _sender_ended(cast: Cast) -> int:
+    """The sender hears that the destination has everything; one that was started too late, that it is over. Returns
+    how often it had to connect again."""
+    code = await cast.sender.process.wait()
+    if code == os.EX_OK:
+        return int((await cast.sender.result())["recoveries"])
+    said = cast.sender.log.read_text(errors="replace")
+    if code == os.EX_PROTOCOL and "ended here" in said and said.rstrip().endswith("complete"):
+        return 0
+    raise UnavailableError(f"the sender ended with {code}: {said.strip().splitlines()[-1:]}")
+
+
+async def _verify(destination: Process, memory: list[str]) -> None:
+    await destination.tell("verify", *memory)
+    told = await destination.event("verified")
+    if not told["ok"] or told["mismatches"] or told["pages_verified"] != told["pages"]:
+        raise UnavailableError(f"the guest found its memory wrong: {told}")
+
+
+def _empty_store(plan: Plan) -> None:
+    """After a failure, the holder still keeps the guest for a daemon that will not come."""
+    path = plan.directory / "store.sock"
+    if not path.exists():
+        return
+    channel, kept = holder.take_back(path)
+    store = notify.Notifier(str(path))
+    with channel:
+        for name, fds in kept.items():
+            store.remove(name)
+            for fd in fds:
+                os.close(fd)
