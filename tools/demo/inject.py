@@ -42,6 +42,6 @@ async def inject(
 ) -> None:
     """Does each when `arrived` (per cent) says that it is time."""
     for injection in injections:
-        while await arrived() < injection.percent:  # noqa: ASYNC110: the daemon is asked, it does not tell
+        while await arrived() < injection.percent:  # noqa: ASYNC110 (the daemon is asked, it does not tell)
             await trio.sleep(LOOK_SECONDS)
         await actions[injection.kind]()

@@ -33,17 +33,18 @@ def parser() -> argparse.ArgumentParser:
 
 async def _soak(options: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
-    places = trio.CapacityLimiter(options.jobs)
+    places = trio.Semaphore(options.jobs)
 
     async def one(kind: str, seed: int) -> None:
-        async with places:
-            result = await run(kind, seed, options.deadline, options.keep)
+        result = await run(kind, seed, options.deadline, options.keep)
+        places.release()
         results.append(result)
         _tell(result, as_json=options.json)
 
     async with trio.open_nursery() as nursery:
         for seed in range(options.seed, options.seed + options.runs):
             for kind in options.kind or KINDS:
+                await places.acquire()
                 nursery.start_soon(one, kind, seed)
     return results
 
