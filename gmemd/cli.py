@@ -29,6 +29,8 @@ def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | N
     except errors.GmemdError as error:
         return _report(parser, error)
     except BaseExceptionGroup as group:
+        if group.split(KeyboardInterrupt)[1] is None:
+            return INTERRUPTED
         expected, bugs = group.split(errors.GmemdError)
         if expected is None or bugs is not None:
             raise

@@ -1,5 +1,6 @@
 """Writes a migration's faults to a trace while it runs."""
 
+import logging
 from pathlib import Path
 
 import trio
@@ -7,14 +8,22 @@ import trio
 from gmemd.migrate.destination import IncomingMigration
 from gmemd.trace import TraceWriter
 
+log = logging.getLogger(__name__)
+
 # The native ring holds half a second of the fastest faults that were seen.
 DRAIN_SECONDS = 0.1
 
 
 async def record(migration: IncomingMigration, directory: Path, max_bytes: int) -> None:
-    """Drains the ring until cancelled, and once more then."""
-    await trio.Path(directory).mkdir(parents=True, exist_ok=True)
-    path = directory / f"{migration.name}.gmtrace"
+    """Drains the ring until cancelled, and once more then. A disk that takes no more ends the trace, and nothing else."""
+    try:
+        await _record(migration, directory / f"{migration.name}.gmtrace", max_bytes)
+    except OSError as error:
+        log.warning("the trace ends here: %s", error, extra={"migration": migration.name})
+
+
+async def _record(migration: IncomingMigration, path: Path, max_bytes: int) -> None:
+    await trio.Path(path.parent).mkdir(parents=True, exist_ok=True)
     with TraceWriter(path, migration.name, migration.memory.regions, max_bytes) as writer:
         try:
             while True:
