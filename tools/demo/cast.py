@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 import trio
+
+from gmemd.errors import UnavailableError
 from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import Process, Stage
-
-from gmemd.errors import UnavailableError
 
 READY_SECONDS = 30.0
 # Longer than it takes both ends to find a stalled link dead.

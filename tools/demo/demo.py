@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from rich.console import Console
+
+from gmemd import config, status
+from gmemd.errors import GmemdError, UnavailableError, UsageError
+from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
 from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.plan import MIGRATION, Plan
 from gmemd_tools.demo.processes import open_stage
-from rich.console import Console
-
-from gmemd import config, status
-from gmemd.errors import GmemdError, UnavailableError, UsageError
-from gmemd.migrate.tasks import open_tasks
 
 LOOK_SECONDS = 0.05
 MAX_VCPUS = 8

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from gmemd_tools.vmm import VMM
 
 from gmemd.errors import DataError, UnavailableError
+from gmemd_tools.vmm import VMM
 
 READ_BYTES = 64 * 1024
 STOP_SECONDS = 5.0

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import trio
-from gmemd_tools.soak.faults import KINDS
-from gmemd_tools.soak.run import Result, run
 
 from gmemd import cli
+from gmemd_tools.soak.faults import KINDS
+from gmemd_tools.soak.run import Result, run
 
 DEADLINE = 30.0
 
