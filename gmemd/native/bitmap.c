@@ -2,12 +2,6 @@
 
 #include <stdatomic.h>
 
-/* `count` ones (1 to 64) from bit `shift` on; those beyond bit 63 fall away. */
-static uint64_t ones(unsigned shift, uint64_t count)
-{
-    return (count >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1) << shift;
-}
-
 bool gm_bitmap_test(const gm_word *bits, uint64_t index)
 {
     return atomic_load_explicit(&bits[index / 64], memory_order_acquire) >> (index % 64) & 1;
@@ -16,11 +10,11 @@ bool gm_bitmap_test(const gm_word *bits, uint64_t index)
 uint64_t gm_bitmap_claim(gm_word *bits, uint64_t first, unsigned count)
 {
     unsigned shift = first % 64;
-    uint64_t mask = ones(shift, count);
+    uint64_t mask = gm_ones(shift, count);
     uint64_t got = (mask & ~atomic_fetch_or(&bits[first / 64], mask)) >> shift;
 
     if (shift + count > 64) {
-        mask = ones(0, shift + count - 64);
+        mask = gm_ones(0, shift + count - 64);
         got |= (mask & ~atomic_fetch_or(&bits[first / 64 + 1], mask)) << (64 - shift);
     }
     return got;
@@ -42,7 +36,7 @@ uint64_t gm_bitmap_set(gm_word *bits, uint64_t first, uint64_t count)
     while (count) {
         unsigned shift = first % 64;
         uint64_t here = count < 64 - shift ? count : 64 - shift;
-        uint64_t mask = ones(shift, here);
+        uint64_t mask = gm_ones(shift, here);
 
         changed += (unsigned)__builtin_popcountll(mask & ~atomic_fetch_or(&bits[first / 64], mask));
         first += here;
@@ -57,7 +51,7 @@ void gm_bitmap_clear(gm_word *bits, uint64_t first, uint64_t count)
         unsigned shift = first % 64;
         uint64_t here = count < 64 - shift ? count : 64 - shift;
 
-        atomic_fetch_and(&bits[first / 64], ~ones(shift, here));
+        atomic_fetch_and(&bits[first / 64], ~gm_ones(shift, here));
         first += here;
         count -= here;
     }

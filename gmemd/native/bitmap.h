@@ -19,6 +19,12 @@ static inline size_t gm_bitmap_words(uint64_t bits)
     return (size_t)((bits + 63) / 64);
 }
 
+/* `count` ones from bit `shift` on; those beyond bit 63 fall away. */
+static inline uint64_t gm_ones(unsigned shift, uint64_t count)
+{
+    return (count >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1) << shift;
+}
+
 bool gm_bitmap_test(const gm_word *bits, uint64_t index);
 
 /* Sets at most 64 bits from `first`. Returns those that were clear before: bit i stands for first + i. */

@@ -193,9 +193,9 @@ int gm_destination_discard(struct gm_destination *d, unsigned region, uint64_t f
     struct gm_region *r = &d->memory->region[region];
     int error;
 
-    atomic_fetch_add(&d->reading, 1);
+    gm_install_events_begin(d);
     gm_install_removed(d, r, first, count);
-    atomic_fetch_sub(&d->reading, 1);
+    gm_install_events_end(d);
     error = gm_memfile_punch(r->fd, gm_file_offset(r, first), gm_bytes(r, count));
     gm_destination_kick(d);
     if (error)

@@ -75,9 +75,11 @@ struct gm_destination {
     struct gm_trace *trace;
     /* How many are between reading events and having acted upon them; see install.c. */
     _Atomic uint64_t reading;
+    /* How many lanes are giving claims back: nobody begins to read meanwhile. */
+    _Atomic uint64_t giving_up;
     _Atomic uint32_t events;
     int event_fd;
-    int kick_fd; /* the pager's, or -1 */
+    _Atomic int kick_fd; /* the pager's, or -1 */
     int vcpu_socket; /* or -1 */
     uint32_t vcpus;
     pthread_mutex_t lock; /* of what follows */

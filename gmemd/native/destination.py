@@ -140,6 +140,7 @@ class Pager:
 
     def __init__(self, poll_us: int) -> None:
         self.native: Any = ffi.gc(checked(lib.gm_pager_new, poll_us), lib.gm_pager_free)
+        self._kept: dict[Destination, Lane | None] = {}  # what the thread works on must not be freed meanwhile
 
     def run(self) -> None:
         """Runs until `stop`; call it in a thread of its own."""
@@ -151,14 +152,17 @@ class Pager:
     def add(self, destination: Destination) -> None:
         """From now on the pager reads the destination's faults."""
         check(lib.gm_pager_add, self.native, destination.native)
+        self._kept[destination] = None
 
     def remove(self, destination: Destination) -> None:
         """From now on it does not. The destination's urgent lane is taken away, too."""
         lib.gm_pager_remove(self.native, destination.native)
+        self._kept.pop(destination, None)
 
     def set_urgent(self, destination: Destination, lane: Lane | None) -> None:
         """Gives the destination its urgent lane, and asks on it for all that is waited for."""
         check(lib.gm_pager_urgent, self.native, destination.native, lane.native if lane else ffi.NULL)
+        self._kept[destination] = lane
 
     def beat(self, destination: Destination) -> None:
         """Tells the source on the urgent lane that we are alive."""

@@ -31,15 +31,12 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
         port->out_end -= port->out_start;
         port->out_start = 0;
     }
-    if (GM_OUT_BYTES - port->out_end < GM_HEADER_BYTES)
+    port->unsaid |= GM_OUT_BYTES - port->out_end < GM_HEADER_BYTES;
+    if (port->unsaid)
         return;
-    gm_frame_encode(&frame, port->out + port->out_end);
-    if (lane->checksum) {
+    if (lane->checksum)
         frame.flags = GM_FRAME_CRC;
-        gm_frame_encode(&frame, port->out + port->out_end);
-        frame.crc = gm_frame_crc(port->out + port->out_end, NULL, 0);
-        gm_frame_encode(&frame, port->out + port->out_end);
-    }
+    gm_frame_encode(&frame, port->out + port->out_end);
     port->out_end += GM_HEADER_BYTES;
 }
 
@@ -207,19 +204,27 @@ int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret)
 
     if (!room) {
         port->full = true;
-        return 0;
+        if (!port->again)
+            return 0;
+        /* Behind faults that nobody has read may lie the event that holds up every CONTINUE, and with it all that waits. */
+        room = MESSAGES;
     }
-    atomic_fetch_add(&d->reading, 1);
+    gm_install_events_begin(d);
     n = gm_uffd_read(uffd, messages, room < MESSAGES ? room : MESSAGES);
     for (int i = 0; i < n; i++)
         removed |= take_event(port, &messages[i]);
-    atomic_fetch_sub(&d->reading, 1);
+    gm_install_events_end(d);
     if (n < 0)
         return gm_blame(ret, GM_VMM, -n, "userfaultfd %d", uffd);
     now = gm_now_ns();
-    for (int i = 0; i < n; i++)
-        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+    for (int i = 0; i < n; i++) {
+        if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+            continue;
+        if (atomic_load(&d->waits.count) < GM_MAX_WAITS)
             take_fault(port, &messages[i], now);
+        else
+            port->missed = true;
+    }
     if (removed)
         gm_faults_sweep(port);
     return n;
@@ -265,6 +270,6 @@ void gm_faults_ask_damaged(struct gm_port *port)
 {
     struct gm_ask ask;
 
-    while (gm_destination_next_ask(port->destination, &ask))
+    while (port->urgent && gm_destination_next_ask(port->destination, &ask))
         request(port, ask.region, ask.first, ask.count);
 }

@@ -14,9 +14,12 @@ struct gm_port {
     struct gm_port *next;
     struct gm_destination *destination;
     struct gm_lane *urgent; /* or NULL */
+    bool busy;              /* the urgent lane has more, of which epoll does not know if the lane has read it ahead */
     uint64_t id;
-    bool full;  /* as many waits as there can be: its userfaultfds are not read */
-    bool again; /* something could not be mapped while events waited to be read */
+    bool full;   /* as many waits as there can be: its userfaultfds are not watched */
+    bool again;  /* something could not be mapped while events waited to be read */
+    bool missed; /* faults were read for which there was no room: woken, they come again */
+    bool unsaid; /* a request found no room in `out`: once that is empty, everything is asked for again */
     size_t out_start, out_end;
     unsigned char out[GM_OUT_BYTES];
 };
@@ -34,7 +37,7 @@ void gm_faults_sweep(struct gm_port *port);
 /* Queues requests for all that is waited for: on a new urgent lane, or because pages could not be put in place. */
 void gm_faults_ask_all(struct gm_port *port);
 
-/* Queues requests for pages of damaged frames. */
+/* Queues requests for pages of damaged frames; without a lane to ask on, that waits for one. */
 void gm_faults_ask_damaged(struct gm_port *port);
 
 void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64_t first, uint32_t count);

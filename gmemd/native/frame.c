@@ -5,14 +5,14 @@
 #include <endian.h>
 #include <string.h>
 
-enum { MAGIC = 0x4d47, CRC_AT = 24 };
+enum { MAGIC = 0x4d47, HEADER_CRC_AT = 28 };
 
 struct wire {
     uint16_t magic;
     uint8_t kind, flags;
     uint16_t region, reserved;
     uint64_t first;
-    uint32_t count, length, crc, reserved2;
+    uint32_t count, length, crc, header_crc;
 };
 
 _Static_assert(sizeof(struct wire) == GM_HEADER_BYTES, "the header is 32 bytes");
@@ -30,6 +30,8 @@ void gm_frame_encode(const struct gm_frame *frame, unsigned char *out)
         .crc = htole32(frame->crc),
     };
 
+    if (frame->flags & GM_FRAME_CRC)
+        wire.header_crc = htole32(gm_crc32c(0, &wire, HEADER_CRC_AT));
     memcpy(out, &wire, sizeof wire);
 }
 
@@ -41,9 +43,9 @@ static int check_pages(const struct gm_frame *f, const struct gm_memory *m, cons
     if (f->region >= m->count)
         return gm_blame(ret, GM_PEER, 0, "%s: region %u of %u: sent by the %s", lane, f->region, m->count, peer);
     r = &m->region[f->region];
-    if (f->count == 0 || f->count > GM_FRAME_PAGES)
-        return gm_blame(ret, GM_PEER, 0, "%s: a frame of %u pages (1 to %d may be): sent by the %s", lane,
-                        f->count, GM_FRAME_PAGES, peer);
+    if (f->count == 0 || f->count > gm_frame_pages(r))
+        return gm_blame(ret, GM_PEER, 0, "%s: a frame of %u pages of region %u (1 to %u may be): sent by the %s", lane,
+                        f->count, f->region, gm_frame_pages(r), peer);
     if (f->first >= r->pages || f->count > r->pages - f->first)
         return gm_blame(ret, GM_PEER, 0, "%s: page %llu outside region %u (%llu pages): sent by the %s", lane,
                         (unsigned long long)(f->first >= r->pages ? f->first : f->first + f->count - 1),
@@ -55,16 +57,14 @@ static int check_length(const struct gm_frame *f, const struct gm_memory *m, con
                         struct gm_problem *ret)
 {
     uint64_t length = f->kind == GM_KIND_PAGES ? gm_bytes(&m->region[f->region], f->count) : 0;
-    uint64_t most = UINT64_C(1) << GM_MAX_PAGE_SHIFT;
 
-    if (f->length != length || length > most)
-        return gm_blame(ret, GM_PEER, 0, "%s: %u bytes for %u pages of region %u (%llu expected, %llu at most): sent by the %s",
-                        lane, f->length, f->count, f->region, (unsigned long long)length,
-                        (unsigned long long)most, peer);
+    if (f->length != length)
+        return gm_blame(ret, GM_PEER, 0, "%s: %u bytes for %u pages of region %u (%llu expected): sent by the %s", lane,
+                        f->length, f->count, f->region, (unsigned long long)length, peer);
     return 0;
 }
 
-int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m, int from_source,
+int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m, int from_source, int checksum,
                               const char *lane, struct gm_frame *out, struct gm_problem *ret)
 {
     const char *peer = from_source ? "source" : "destination";
@@ -80,12 +80,17 @@ int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m
         .length = le32toh(wire.length),
         .crc = le32toh(wire.crc),
     };
+    if (checksum && (!(out->flags & GM_FRAME_CRC) || le32toh(wire.header_crc) != gm_crc32c(0, in, HEADER_CRC_AT)))
+        return gm_blame(ret, GM_LINK, 0, "%s: a damaged header", lane);
     if (le16toh(wire.magic) != MAGIC)
-        return gm_blame(ret, GM_PEER, 0, "%s: no frame begins with %#06x: sent by the %s", lane,
+        return gm_blame(ret, GM_PEER, 0, "%s: no frame begins with 0x%04x: sent by the %s", lane,
                         le16toh(wire.magic), peer);
-    if (wire.reserved || wire.reserved2 || out->flags & ~GM_FRAME_CRC)
+    if (out->flags & ~GM_FRAME_CRC)
         return gm_blame(ret, GM_PEER, 0, "%s: frame with unknown flags %#x: sent by the %s", lane, out->flags,
                         peer);
+    if (wire.reserved)
+        return gm_blame(ret, GM_PEER, 0, "%s: frame with %#x in its reserved bytes: sent by the %s", lane,
+                        le16toh(wire.reserved), peer);
     if (out->kind == GM_KIND_BEAT) {
         if (out->region || out->first || out->count || out->length)
             return gm_blame(ret, GM_PEER, 0, "%s: a beat that names pages: sent by the %s", lane, peer);
@@ -96,9 +101,4 @@ int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m
     if (check_pages(out, m, lane, peer, ret) < 0)
         return -1;
     return check_length(out, m, lane, peer, ret);
-}
-
-uint32_t gm_frame_crc(const unsigned char *header, const void *payload, uint32_t length)
-{
-    return gm_crc32c(gm_crc32c(0, header, CRC_AT), payload, length);
 }

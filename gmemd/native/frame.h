@@ -9,8 +9,10 @@
  *      8  u64  first page
  *     16  u32  pages
  *     20  u32  bytes of payload that follow
- *     24  u32  CRC-32C of bytes 0 to 23 and of the payload, 0 without GM_FRAME_CRC
- *     28  u32  0
+ *     24  u32  CRC-32C of the payload, 0 without GM_FRAME_CRC
+ *     28  u32  CRC-32C of bytes 0 to 27, 0 without GM_FRAME_CRC
+ *
+ * The header has a checksum of its own, so that it still says which pages are to be asked for again when only the payload is damaged.
  */
 #ifndef GM_FRAME_H
 #define GM_FRAME_H
@@ -44,13 +46,11 @@ void gm_frame_encode(const struct gm_frame *frame, unsigned char *out);
 
 /*
  * Reads 32 bytes of the peer's. Returns 0 when every field is within the bounds of `m` and of the direction, else -1 with a problem that
- * names the field; `lane` and `peer` are for the message.
+ * names the field; `lane` is for the message. With `checksum`, a header that does not carry its own is damaged, which is the link's
+ * fault; the payload's is for the caller to compare.
  */
-int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m, int from_source,
+int gm_frame_decode_untrusted(const unsigned char *in, const struct gm_memory *m, int from_source, int checksum,
                               const char *lane, struct gm_frame *out, struct gm_problem *ret);
-
-/* The checksum of an encoded header and its payload. */
-uint32_t gm_frame_crc(const unsigned char *header, const void *payload, uint32_t length);
 /* end python */
 
 #endif

@@ -14,7 +14,9 @@
  *   a lane announces its frame in its slot before it claims, and between populating and marking waits until nobody is reading. A
  *   removal whose punch may have come before the populate was read before it, so its note is there by then, and the lane takes the
  *   page out again before anybody can see it;
- *   a removal that is read later is punched later, and needs nobody's help.
+ *   a removal that is read later is punched later, and needs nobody's help;
+ *   but a lane that gives its claim back would leave the page missing, and a note that comes too late would be lost with it. So it
+ *   keeps the pager from reading until the page is either missing or, if it was removed, received.
  *
  * A received page that is absent from the page cache is therefore a hole, whether the source said so or the VMM took it out, and a
  * fault on it is answered with zeros.
@@ -39,9 +41,19 @@ static void wait_for_events(const struct gm_destination *d)
         sched_yield();
 }
 
-static uint64_t frame_mask(unsigned count)
+void gm_install_events_begin(struct gm_destination *d)
 {
-    return count == 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1;
+    atomic_fetch_add(&d->reading, 1);
+    while (atomic_load(&d->giving_up)) {
+        atomic_fetch_sub(&d->reading, 1);
+        sched_yield();
+        atomic_fetch_add(&d->reading, 1);
+    }
+}
+
+void gm_install_events_end(struct gm_destination *d)
+{
+    atomic_fetch_sub(&d->reading, 1);
 }
 
 void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
@@ -58,7 +70,7 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
     atomic_store(&in->slot->removed, 0);
     atomic_store(&in->slot->span, gm_span_word((struct gm_span){first, r->index, count}));
     in->claimed = gm_bitmap_claim(r->claimed, first, count);
-    GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(frame_mask(count) & ~in->claimed));
+    GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(gm_ones(0, count) & ~in->claimed));
 }
 
 static int store(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data,
@@ -192,31 +204,38 @@ void gm_install_finish(struct gm_install *in)
 
 void gm_install_give_up(struct gm_install *in)
 {
-    uint64_t removed = drop_removed(in);
+    struct gm_destination *d = in->destination;
+    uint64_t removed;
 
+    atomic_fetch_add(&d->giving_up, 1);
+    removed = drop_removed(in);
     atomic_store(&in->region->soiled, true);
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
     mark(in, removed);
+    atomic_fetch_sub(&d->giving_up, 1);
 }
 
 int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
                     struct gm_problem *ret)
 {
     uint64_t missing = gm_bitmap_claim(r->claimed, first, count), pages = 0;
+    int error = 0;
     unsigned run;
 
     for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run) {
-        int error = make_hole(r, first + at, run);
-
+        error = make_hole(r, first + at, run);
         if (error) {
             gm_bitmap_give_back(r->claimed, first + at, missing >> at);
-            return gm_blame(ret, GM_KERNEL, -error, "region %u: a hole of %u pages at page %llu", r->index, run,
-                            (unsigned long long)(first + at));
+            first += at;
+            break;
         }
         pages += receive(r, first + at, run);
     }
     GM_COUNT(d, zero_pages, pages);
     count_received(d, pages);
+    if (error)
+        return gm_blame(ret, GM_KERNEL, -error, "region %u: a hole of %u pages at page %llu", r->index, run,
+                        (unsigned long long)first);
     return (int)pages;
 }
 

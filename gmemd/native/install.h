@@ -18,6 +18,10 @@ struct gm_install {
 void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
                       uint64_t first, unsigned count);
 
+/* Around reading events and acting upon them. */
+void gm_install_events_begin(struct gm_destination *d);
+void gm_install_events_end(struct gm_destination *d);
+
 /* Puts the content of the claimed pages into the memory file: `data` holds the whole frame, NULL stands for zeros. */
 int gm_install_populate(struct gm_install *in, const unsigned char *data, struct gm_problem *ret);
 
@@ -31,7 +35,7 @@ void gm_install_give_up(struct gm_install *in);
 int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
                     struct gm_problem *ret);
 
-/* The VMM took pages out: those missing are received as zeros, those in flight will be. The caller counts in `reading`. */
+/* The VMM took pages out: those missing are received as zeros, those in flight will be. Between gm_install_events_begin() and _end(). */
 void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t first, uint64_t count);
 
 /* Answers a fault on a received page: maps it, and wakes. Returns 0, or -errno when it has to be tried again (-EAGAIN), or

@@ -1,6 +1,7 @@
 #include "lane.h"
 
 #include "clock.h"
+#include "crc32c.h"
 #include "install.h"
 
 #include <errno.h>
@@ -23,7 +24,7 @@ static size_t buffer_size(const struct gm_memory *m)
     uint64_t largest = 0;
 
     for (unsigned i = 0; i < m->count; i++) {
-        uint64_t frame = gm_bytes(&m->region[i], m->region[i].page_shift > 12 ? 1 : GM_FRAME_PAGES);
+        uint64_t frame = gm_bytes(&m->region[i], gm_frame_pages(&m->region[i]));
 
         if (frame > largest)
             largest = frame;
@@ -81,22 +82,14 @@ static int lacking(struct gm_lane *lane, size_t *ret, struct gm_problem *problem
             *ret = GM_HEADER_BYTES - have;
             return 0;
         }
-        if (gm_frame_decode_untrusted(lane->buffer + lane->start, lane->destination->memory, 1, lane->name,
-                                      &lane->frame, problem) < 0)
+        if (gm_frame_decode_untrusted(lane->buffer + lane->start, lane->destination->memory, 1, lane->checksum,
+                                      lane->name, &lane->frame, problem) < 0)
             return -1;
         lane->has_frame = 1;
         lane->looked = lane->buffered = false;
     }
     *ret = GM_HEADER_BYTES + lane->frame.length > have ? GM_HEADER_BYTES + lane->frame.length - have : 0;
     return 0;
-}
-
-static bool damaged(const struct gm_lane *lane, const unsigned char *header)
-{
-    if (!lane->checksum)
-        return false;
-    return !(lane->frame.flags & GM_FRAME_CRC) ||
-           gm_frame_crc(header, header + GM_HEADER_BYTES, lane->frame.length) != lane->frame.crc;
 }
 
 int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret)
@@ -145,13 +138,13 @@ static void install(struct gm_lane *lane, const unsigned char *payload)
 
 static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
 {
-    const unsigned char *header = lane->buffer + lane->start;
+    const unsigned char *payload = lane->buffer + lane->start + GM_HEADER_BYTES;
     int result = 0;
 
-    if (damaged(lane, header))
+    if (lane->checksum && gm_crc32c(0, payload, lane->frame.length) != lane->frame.crc)
         result = gm_lane_ask_again(lane, ret);
     else if (lane->frame.kind != GM_KIND_BEAT)
-        install(lane, header + GM_HEADER_BYTES);
+        install(lane, payload);
     lane->start += GM_HEADER_BYTES + lane->frame.length;
     lane->has_frame = 0;
     return result;

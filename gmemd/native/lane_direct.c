@@ -113,7 +113,7 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
     const struct gm_frame *f = &lane->frame;
     struct gm_destination *d = lane->destination;
     struct gm_install in;
-    struct payload payload = {.crc = gm_frame_crc(lane->buffer + lane->start, NULL, 0)};
+    struct payload payload = {0};
     int error, result = 1, ready = payload_waits(lane, ret);
 
     if (ready <= 0)

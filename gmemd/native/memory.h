@@ -154,6 +154,12 @@ static inline uint64_t gm_bytes(const struct gm_region *r, uint64_t pages)
     return pages << r->page_shift;
 }
 
+/* Pages of a region that a frame carries at most. Lanes have room for no more. */
+static inline unsigned gm_frame_pages(const struct gm_region *r)
+{
+    return r->page_shift > 12 ? 1 : GM_FRAME_PAGES;
+}
+
 static inline uint64_t gm_file_offset(const struct gm_region *r, uint64_t page)
 {
     return r->offset + gm_bytes(r, page);

@@ -36,6 +36,13 @@ struct gm_pager {
     struct gm_poll idle, waiting; /* with nobody waiting for an answer, and with somebody */
 };
 
+/* What some port has after a round. */
+struct outlook {
+    bool waiting; /* somebody who waits for an answer */
+    bool busy;    /* more on its urgent lane */
+    bool again;   /* something to be tried again */
+};
+
 /* What an epoll event is about: the port's id, which is never used again, so an event of a port that is gone finds none. */
 static uint64_t tag(enum watch watch, uint64_t id, unsigned region)
 {
@@ -52,7 +59,8 @@ struct gm_pager *gm_pager_new(uint32_t poll_us, struct gm_problem *ret)
         return NULL;
     }
     pthread_mutex_init(&p->lock, NULL);
-    p->idle.most_ns = p->waiting.most_ns = (uint64_t)poll_us * 1000;
+    gm_poll_init(&p->idle, poll_us);
+    gm_poll_init(&p->waiting, poll_us);
     p->next_id = 1;
     p->epoll = epoll_create1(EPOLL_CLOEXEC);
     p->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -147,6 +155,7 @@ static void drop_urgent(struct gm_pager *p, struct gm_port *port)
     if (port->urgent)
         watch_urgent(p, port, EPOLL_CTL_DEL, false);
     port->urgent = NULL;
+    port->busy = port->unsaid = false;
     port->out_start = port->out_end = 0;
 }
 
@@ -223,6 +232,7 @@ int gm_pager_urgent(struct gm_pager *p, struct gm_destination *d, struct gm_lane
         return gm_blame(ret, GM_KERNEL, errno, "urgent lane cannot be watched");
     }
     gm_faults_ask_all(port);
+    gm_faults_ask_damaged(port);
     send_requests(p, port);
     return 0;
 }
@@ -249,27 +259,30 @@ void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
     }
 }
 
-static void read_urgent(struct gm_pager *p, struct gm_port *port, uint32_t events)
+static void read_urgent(struct gm_pager *p, struct gm_port *port)
 {
     struct gm_problem problem;
+    int state = gm_lane_receive(port->urgent, LANE_BUDGET_US, &problem);
 
-    if (events & EPOLLOUT)
-        watch_urgent(p, port, EPOLL_CTL_MOD, false);
-    if (gm_lane_receive(port->urgent, LANE_BUDGET_US, &problem) < 0)
+    port->busy = state == GM_LANE_BUSY;
+    if (state < 0)
         urgent_ended(p, port, &problem);
 }
 
-static void read_faults(struct gm_pager *p, struct gm_port *port, unsigned region)
+/* Returns whether there was any. */
+static bool read_faults(struct gm_pager *p, struct gm_port *port, unsigned region)
 {
     struct gm_problem problem;
     int uffd = port->destination->memory->region[region].uffd;
+    int n = gm_faults_read(port, uffd, &problem);
 
-    if (gm_faults_read(port, uffd, &problem) < 0) {
+    if (n < 0) {
         epoll_ctl(p->epoll, EPOLL_CTL_DEL, uffd, NULL);
         gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
     } else if (port->full) {
         watch_faults(p, port, EPOLL_CTL_DEL);
     }
+    return n > 0;
 }
 
 static void read_vcpus(struct gm_pager *p, struct gm_port *port)
@@ -300,7 +313,9 @@ static void take(struct gm_pager *p, const struct epoll_event *event)
             gm_faults_ask_damaged(port);
         }
     } else if (port && (what & 3) == WATCH_URGENT && port->urgent) {
-        read_urgent(p, port, event->events);
+        if (event->events & EPOLLOUT)
+            watch_urgent(p, port, EPOLL_CTL_MOD, false);
+        read_urgent(p, port);
     } else if (port && (what & 3) == WATCH_UFFD) {
         read_faults(p, port, (unsigned)(what >> 2 & 0x3ffff));
     } else if (port && (what & 3) == WATCH_VCPUS) {
@@ -308,42 +323,71 @@ static void take(struct gm_pager *p, const struct epoll_event *event)
     }
 }
 
-/* What every port needs after a round. Returns whether any has somebody waiting. */
-static bool settle(struct gm_pager *p, bool *again)
+/* A port with all the waits that there can be: what it does with the userfaultfds that are not watched. */
+static void settle_full(struct gm_pager *p, struct gm_port *port)
 {
-    bool waiting = false;
+    struct gm_memory *m = port->destination->memory;
+    struct gm_problem problem;
 
-    *again = false;
+    for (unsigned i = 0; port->again && i < m->count; i++)
+        while (first_of_its_uffd(m, i) && read_faults(p, port, i))
+            ;
+    if (atomic_load(&port->destination->waits.count) >= GM_MAX_WAITS / 2)
+        return;
+    port->full = false;
+    watch_faults(p, port, EPOLL_CTL_ADD);
+    if (port->missed && gm_memory_wake(m, &problem) < 0)
+        gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
+    port->missed = false;
+}
+
+/* What every port needs after a round. Fills in what the next sleep depends on. */
+static void settle(struct gm_pager *p, struct outlook *next)
+{
+    *next = (struct outlook){0};
     for (struct gm_port *port = p->ports; port; port = port->next) {
         if (port->again)
             gm_faults_sweep(port);
-        if (port->full && atomic_load(&port->destination->waits.count) < GM_MAX_WAITS / 2) {
-            port->full = false;
-            watch_faults(p, port, EPOLL_CTL_ADD);
-        }
+        if (port->full)
+            settle_full(p, port);
         send_requests(p, port);
-        *again |= port->again;
-        waiting |= gm_waits_any(&port->destination->waits);
+        if (port->unsaid && port->out_start == port->out_end) {
+            port->unsaid = false;
+            gm_faults_ask_all(port);
+            send_requests(p, port);
+        }
+        next->busy |= port->busy;
+        next->again |= port->again;
+        next->waiting |= gm_waits_any(&port->destination->waits);
     }
-    return waiting;
+}
+
+static int wait_for_work(struct gm_pager *p, const struct outlook *next, struct epoll_event *events)
+{
+    int timeout_ms = next->busy ? 0 : next->again ? AGAIN_MS : -1;
+
+    return gm_poll_wait(next->waiting ? &p->waiting : &p->idle, p->epoll, events, EVENTS, timeout_ms);
 }
 
 int gm_pager_run(struct gm_pager *p, struct gm_problem *ret)
 {
     struct epoll_event events[EVENTS];
-    bool waiting = false, again = false;
+    struct outlook next = {0};
 
     while (!atomic_load(&p->stop)) {
-        int n = gm_poll_wait(waiting ? &p->waiting : &p->idle, p->epoll, events, EVENTS, again ? AGAIN_MS : -1);
+        int n = wait_for_work(p, &next, events);
 
         if (n < 0 && errno != EINTR)
             return gm_blame(ret, GM_KERNEL, errno, "pager");
         while (atomic_load(&p->wanted))
             sched_yield();
         GM_LOCKED(&p->lock);
+        for (struct gm_port *port = p->ports; port; port = port->next)
+            if (port->busy)
+                read_urgent(p, port);
         for (int i = 0; i < n; i++)
             take(p, &events[i]);
-        waiting = settle(p, &again);
+        settle(p, &next);
     }
     return 0;
 }

@@ -1,5 +1,6 @@
 #include "sender.h"
 
+#include "crc32c.h"
 #include "guard.h"
 #include "memfile.h"
 
@@ -14,7 +15,7 @@ static size_t largest_frame(const struct gm_memory *m)
     size_t largest = 0;
 
     for (unsigned i = 0; i < m->count; i++) {
-        size_t frame = gm_bytes(&m->region[i], gm_source_frame_pages(&m->region[i]));
+        size_t frame = gm_bytes(&m->region[i], gm_frame_pages(&m->region[i]));
 
         if (frame > largest)
             largest = frame;
@@ -59,12 +60,11 @@ static void add_frame(struct gm_sender *s, struct gm_frame *frame, unsigned char
 {
     unsigned char *header = s->headers[s->frames++];
 
-    frame->flags = s->checksum ? GM_FRAME_CRC : 0;
-    gm_frame_encode(frame, header);
     if (s->checksum) {
-        frame->crc = gm_frame_crc(header, payload, frame->length);
-        gm_frame_encode(frame, header);
+        frame->flags = GM_FRAME_CRC;
+        frame->crc = gm_crc32c(0, payload, frame->length);
     }
+    gm_frame_encode(frame, header);
     s->vector[s->vectors++] = (struct iovec){header, GM_HEADER_BYTES};
     if (frame->length)
         s->vector[s->vectors++] = (struct iovec){payload, frame->length};

@@ -110,11 +110,6 @@ unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, u
     return n;
 }
 
-unsigned gm_source_frame_pages(const struct gm_region *r)
-{
-    return r->page_shift > 12 ? 1 : GM_FRAME_PAGES;
-}
-
 bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
 {
     GM_LOCKED(&s->lock);
@@ -123,18 +118,19 @@ bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64
         struct gm_region *r = &s->memory->region[s->region];
 
         while ((s->page = gm_bitmap_find(r->claimed, s->page, r->pages, false)) < r->pages) {
-            uint64_t limit = s->page + gm_source_frame_pages(r);
+            uint64_t limit = s->page + gm_frame_pages(r);
             uint64_t end = gm_bitmap_find(r->claimed, s->page, limit < r->pages ? limit : r->pages, true);
-            unsigned at = 0, run;
+            uint64_t mask = gm_bitmap_claim(r->claimed, s->page, (unsigned)(end - s->page));
+            unsigned at = 0, run = gm_mask_run(mask, &at);
 
-            /* The urgent lane may take some of them meanwhile: keep the first run that is left. */
-            run = gm_mask_run(gm_bitmap_claim(r->claimed, s->page, (unsigned)(end - s->page)), &at);
+            if (!run)
+                continue;
+            /* The urgent lane may have taken some of them meanwhile: keep the first run, and come back for the rest. */
+            gm_bitmap_give_back(r->claimed, s->page, mask & ~gm_ones(at, run));
             *region = r;
             *first = s->page + at;
             *count = run;
-            s->page = end;
-            if (!run)
-                continue;
+            s->page = *first + run;
             pace(s, gm_bytes(r, run));
             return true;
         }

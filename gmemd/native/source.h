@@ -55,7 +55,4 @@ struct gm_source {
 /* Takes the next pages that a background frame may carry; false when all are taken. */
 bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count);
 
-/* Pages of a region that fit one frame. */
-unsigned gm_source_frame_pages(const struct gm_region *r);
-
 #endif
