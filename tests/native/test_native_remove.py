@@ -1,0 +1,192 @@
+"""Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
+
+import random
+
+import pytest
+from native_frames import pages
+from native_inside import Install, removal_read
+from native_rig import (
+    FEATURE_REMOVE,
+    HUGE,
+    PAGE,
+    Guest,
+    Line,
+    Task,
+    content,
+    huge_pages,
+    paged,
+    until,
+)
+
+from gmemd.native.memory import Populate
+
+ways = pytest.mark.parametrize("way", list(Populate))
+
+
+def contents(first: int, count: int) -> bytes:
+    return b"".join(content(page) for page in range(first, first + count))
+
+
+def install(guest: Guest, first: int, count: int = 1, lane: int = 1) -> Install:
+    return Install(guest.destination, lane, first, count)
+
+
+def balloon(guest: Guest, page: int, count: int = 1) -> None:
+    """Removes pages; returns when the event was read and the pages are out, the pager may still be noting that."""
+    Task(guest.remove, page, count).result()
+
+
+@ways
+def test_a_missing_page_that_is_removed_is_zero(way: Populate) -> None:
+    """Its content comes later, on every lane, and is dropped."""
+    with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest) as far:
+        balloon(guest, 5, 2)
+        until(lambda: guest.received() == {5, 6})
+        guest.line().feed(pages(0, 4, contents(4, 4)))
+        far.send(pages(0, 5, contents(5, 1)))
+        assert [guest.read(page) for page in (4, 5, 6, 7)] == [content(4), bytes(PAGE), bytes(PAGE), content(7)]
+        assert guest.counter("removed_pages") == 2
+
+
+@ways
+def test_a_received_page_that_is_removed_is_zero(way: Populate) -> None:
+    with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
+        line = guest.line()
+        line.feed(pages(0, 5, content(5)))
+        guest.write(5, b"the guest's")
+        balloon(guest, 5)
+        line.feed(pages(0, 5, content(5)))
+        assert guest.read(5) == bytes(PAGE)
+        guest.write(5, b"a new life")
+        line.feed(pages(0, 5, content(5)))
+        assert guest.read(5)[:10] == b"a new life"
+
+
+def test_who_waits_for_a_page_that_is_removed_gets_zeros() -> None:
+    with Guest(features=FEATURE_REMOVE) as guest, paged(guest) as far:
+        reader = Task(guest.read, 5)
+        far.requested()
+        balloon(guest, 5)
+        assert reader.result() == bytes(PAGE)
+
+
+def test_a_range_of_many_words_is_removed() -> None:
+    """In a region that is not the first, over borders of words, some of it received and some not."""
+    with Guest((64, PAGE), (500, PAGE), features=FEATURE_REMOVE) as guest, paged(guest):
+        line = guest.line()
+        line.feed(pages(1, 100, contents(100, 64)))
+        Task(guest.remove, 37, 401, 1).result()
+        until(lambda: guest.received(1) == set(range(37, 438)))
+        assert guest.received(0) == set()
+        line.feed(pages(1, 30, contents(30, 64)), pages(1, 430, contents(430, 64)))
+        for page in (30, 36, 37, 93, 100, 163, 437, 438, 493):
+            assert guest.read(page, 1) == (bytes(PAGE) if 37 <= page < 438 else content(page)), page
+
+
+STEPS = ["begin", "populate", "end"]
+
+
+@ways
+@pytest.mark.parametrize("ending", ["finish", "give up"])
+@pytest.mark.parametrize("removed_before", [*STEPS, "nothing"])
+def test_removed_at_any_step_of_an_install(way: Populate, ending: str, removed_before: str) -> None:
+    """Of four pages in flight two are removed, before each of the steps: they are zero, and stay so."""
+    with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
+        steps: Install | None = None
+        for step in [*STEPS, "nothing"]:
+            if step == removed_before:
+                balloon(guest, 9, 2)
+            if step == "begin":
+                steps = install(guest, 8, 4)
+            assert steps
+            if step == "populate":
+                assert steps.populate(contents(8, 4))
+            if step == "end":
+                steps.finish() if ending == "finish" else steps.give_up()
+        expected = {8, 9, 10, 11} if ending == "finish" else {9, 10}
+        until(lambda: guest.received() == expected)
+        assert not guest.present(9)
+        assert not guest.present(10)
+        guest.line(2).feed(pages(0, 8, contents(8, 4)))
+        assert [guest.read(page) for page in range(8, 12)] == [content(8), bytes(PAGE), bytes(PAGE), content(11)]
+
+
+def test_removed_while_claims_are_given_back() -> None:
+    """The moment between looking for removals and giving the claims back, made long by pages to punch in between."""
+    for round_ in range(30):
+        with Guest() as guest:
+            steps = install(guest, 0, 64)
+            assert steps.populate(contents(0, 64))
+            early, late = set(range(0, 60, 2)), 63
+            for page in early:
+                removal_read(guest.destination, page, 1)
+            giving = Task(steps.give_up)
+            until(lambda: not guest.present(0))
+            removal_read(guest.destination, late, 1)
+            giving.result()
+            assert guest.received() == {*early, late}, f"round {round_}"
+
+
+def feed(line: Line, starts: range) -> None:
+    """Frames of 32 pages each."""
+    for first in starts:
+        line.feed(pages(0, first, contents(first, 32)))
+
+
+def deflate(guest: Guest, seed: float) -> set[int]:
+    """Removes pages here and there until the rest is received; looks at some; returns those removed."""
+    own, gone, count = random.Random(seed), set[int](), guest.shapes[0][0]
+    while len(guest.received()) < count:
+        page = own.randrange(count - 4)
+        guest.remove(page, 4)
+        gone.update(range(page, page + 4))
+        seen = guest.read(page)
+        assert seen == bytes(PAGE), f"page {page} came back: {seen[:16].hex()}"
+    return gone
+
+
+@ways
+def test_removals_and_arrivals_race(way: Populate, rng: random.Random) -> None:
+    """Two lanes, a balloon and a reader at once. Once a removal is done, the page reads as zeros, whatever comes."""
+    count, rounds = 1024, 3
+    for _ in range(rounds):
+        with Guest((count, PAGE), populate=way, features=FEATURE_REMOVE) as guest, paged(guest) as far:
+            starts = range(0, count, 32)
+            feeders = [
+                Task(feed, guest.line(1), starts),
+                Task(feed, guest.line(2), starts[::-1]),
+            ]
+            balloons = [Task(deflate, guest, rng.random()) for _ in range(2)]
+            gone = balloons[0].result() | balloons[1].result()
+            for task in feeders:
+                task.result()
+            far.send(b"".join(pages(0, page, content(page)) for page in sorted(gone)))
+            until(far.all_sent)
+            assert gone
+            for page in range(count):
+                assert guest.read(page) == (bytes(PAGE) if page in gone else content(page)), page
+
+
+@ways
+def test_what_the_vmm_says_it_discarded_is_zero(way: Populate) -> None:
+    """No event tells of a hole that the VMM punches itself: it says so, and the same holds."""
+    with Guest(populate=way) as guest, paged(guest):
+        line = guest.line()
+        line.feed(pages(0, 3, contents(3, 1)))
+        steps = install(guest, 5, 2, lane=2)
+        assert steps.populate(contents(5, 2))
+        guest.destination.discard(0, 3, 3)
+        steps.finish()
+        assert guest.received() == {3, 4, 5, 6}
+        line.feed(pages(0, 3, contents(3, 4)))
+        assert [guest.read(page) for page in range(3, 7)] == [bytes(PAGE)] * 3 + [content(6)]
+
+
+def test_a_huge_page_is_removed() -> None:
+    with huge_pages(4), Guest((4, HUGE), populate=Populate.COPY, features=FEATURE_REMOVE) as guest, paged(guest):
+        line = guest.line()
+        line.feed(*(pages(0, page, content(page, size=HUGE), HUGE) for page in (0, 1)))
+        balloon(guest, 1, 2)
+        line.feed(*(pages(0, page, content(page, size=HUGE), HUGE) for page in (1, 2, 3)))
+        zeros = bytes(HUGE)
+        assert [guest.read(page) == zeros for page in range(4)] == [False, True, True, False]
