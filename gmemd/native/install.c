@@ -24,6 +24,7 @@
 #include "install.h"
 
 #include "guard.h"
+#include "kill_point.h"
 #include "memfile.h"
 #include "memory_layout.h"
 #include "uffd.h"
@@ -71,6 +72,7 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
     atomic_store(&in->slot->span, gm_span_word((struct gm_span){first, r->index, count}));
     in->claimed = gm_bitmap_claim(r->claimed, first, count);
     GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(gm_ones(0, count) & ~in->claimed));
+    gm_kill_point("claimed", 0);
 }
 
 static int store(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data,
@@ -104,7 +106,12 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
 
     for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run) {
         uint64_t page = in->first + at;
-        int error = data ? store(r, page, run, data + gm_bytes(r, at), ret) : make_hole(r, page, run);
+        int error;
+
+        gm_kill_point("half-populated",
+                      data && gm_memfile_write(r->fd, data + gm_bytes(r, at), gm_bytes(r, 1) / 2,
+                                               gm_file_offset(r, page)));
+        error = data ? store(r, page, run, data + gm_bytes(r, at), ret) : make_hole(r, page, run);
 
         if (error)
             return gm_blame(ret, error == -EFAULT || error == -EINVAL ? GM_VMM : GM_KERNEL, -error,
@@ -192,12 +199,15 @@ void gm_install_finish(struct gm_install *in)
     unsigned run;
 
     drop_removed(in);
+    gm_kill_point("populated", 0);
     mark(in, in->claimed);
+    gm_kill_point("marked", 0);
     /* vCPUs that ask by bit need no mapping: only who waits in the kernel does. */
     if (in->region->userfault && !gm_waits_any(&d->waits))
         return;
     for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run)
         all = map_run(d, in->region, in->first + at, run) && all;
+    gm_kill_point("continued", 0);
     if (!all && gm_waits_any(&d->waits))
         gm_destination_kick(d);
 }

@@ -16,11 +16,12 @@ STALL_SECONDS = 2.0
 
 @dataclass
 class Cast:
-    """The processes of one migration. With a `link`, the sender goes through it."""
+    """The processes of one migration. With a `link`, the sender goes through it. `environ` is for the daemon."""
 
     plan: Plan
     stage: Stage
     link: Link | None = None
+    environ: dict[str, str] = field(default_factory=dict)
     daemon: Process = field(init=False)
     source: Process = field(init=False)
     destination: Process = field(init=False)
@@ -33,7 +34,7 @@ class Cast:
         with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as notify:
             await notify.bind(str(path))
             self.daemon = await self.stage.python(
-                "daemon", "gmemd.cli", *self.plan.daemon(), environ={"NOTIFY_SOCKET": str(path)}
+                "daemon", "gmemd.cli", *self.plan.daemon(), environ=self.environ | {"NOTIFY_SOCKET": str(path)}
             )
             with trio.move_on_after(READY_SECONDS):
                 while b"READY=1" not in await notify.recv(4096):

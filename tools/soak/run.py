@@ -54,7 +54,7 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
     result.faults = [asdict(fault) for fault in faults]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gmemd-soak-") as directory:
-        plan = Plan(_options(rng), Path(directory), rate=rng.choice(RATES))
+        plan = Plan(machine(rng), Path(directory), rate=rng.choice(RATES))
         try:
             with trio.fail_after(deadline):
                 await _play(plan, faults, result)
@@ -64,7 +64,7 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
         except GmemdError as error:
             result.error = str(error)
         finally:
-            _empty_store(plan)
+            empty_store(plan)
         if keep and not result.ok:
             result.kept = str(keep / f"{kind}-{seed}")
             shutil.copytree(directory, result.kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
@@ -72,7 +72,8 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
     return result
 
 
-def _options(rng: random.Random) -> argparse.Namespace:
+def machine(rng: random.Random) -> argparse.Namespace:
+    """A small one, of any kind."""
     return argparse.Namespace(
         memory=f"{MEMORY_MIB}M",
         vcpus=rng.randint(1, 2),
@@ -96,7 +97,7 @@ async def _play(plan: Plan, faults: list[Fault], result: Result) -> None:
             starting.start(cast.start_daemon)
             starting.start(cast.start_source)
         await cast.start_destination()
-        await _until_known(plan)
+        await until_known(plan)
         async with open_tasks() as repairs:
             for fault in faults:
                 link.at(fault.byte, _act(fault, cast, repairs, result))
@@ -104,9 +105,9 @@ async def _play(plan: Plan, faults: list[Fault], result: Result) -> None:
             ready = await cast.destination.event("ready")
             paused = await cast.source.event("paused")
             await cast.destination.event("done")
-        result.recoveries = max(await _sender_ended(cast), await _recoveries(plan))
+        result.recoveries = max(await sender_ended(cast), await _recoveries(plan))
         result.guest = ready["guest"]
-        await _verify(cast.destination, paused["memory"])
+        await verify(cast.destination, paused["memory"])
         relay.stop()
 
 
@@ -138,7 +139,7 @@ async def _heal(link: Link, seconds: float) -> None:
     link.heal()
 
 
-async def _until_known(plan: Plan) -> None:
+async def until_known(plan: Plan) -> None:
     """The daemon has taken the hand-off: a VMM whose daemon dies before that starts anew."""
     while True:
         with suppress(GmemdError):
@@ -156,7 +157,7 @@ async def _recoveries(plan: Plan) -> int:
     return 0
 
 
-async def _sender_ended(cast: Cast) -> int:
+async def sender_ended(cast: Cast) -> int:
     """The sender hears that the destination has everything; one that was started too late, that it is over. Returns
     how often it had to connect again."""
     code = await cast.sender.process.wait()
@@ -168,14 +169,15 @@ async def _sender_ended(cast: Cast) -> int:
     raise UnavailableError(f"the sender ended with {code}: {said.strip().splitlines()[-1:]}")
 
 
-async def _verify(destination: Process, memory: list[str]) -> None:
+async def verify(destination: Process, memory: list[str]) -> None:
+    """The guest looks at all its memory. UnavailableError unless it is as it has to be."""
     await destination.tell("verify", *memory)
     told = await destination.event("verified")
     if not told["ok"] or told["mismatches"] or told["pages_verified"] != told["pages"]:
         raise UnavailableError(f"the guest found its memory wrong: {told}")
 
 
-def _empty_store(plan: Plan) -> None:
+def empty_store(plan: Plan) -> None:
     """After a failure, the holder still keeps the guest for a daemon that will not come."""
     path = plan.directory / "store.sock"
     if not path.exists():
