@@ -3,8 +3,9 @@
 All is read-only but the folders named by -w; /tmp, /run and /dev/shm are fresh. The working directory,
 PATH and HOME are the caller's.
 
-Exit status: the command's own; 64 wrong use, 66 no kernel, 69 no QEMU or busybox, 70 the kernel stopped
-before the command ended or warned of something, 124 out of time.
+Exit status: the command's own; 64 wrong use, 66 what an option names is not there, 69 there is no QEMU, no
+busybox or no lab kernel, 70 the kernel stopped before the command ended or warned of something, 124 out of
+time.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tools.lab.failure import LabError
+from tools.lab.failure import LabError, Unavailable
 from tools.lab.machine import Machine, Outcome, run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def default_kernel() -> Path:
     for path in KERNELS:
         if path.is_file():
             return path
-    raise LabError("no lab kernel: `make lab-kernel` builds it, or GMEMD_LAB_KERNEL names one")
+    raise Unavailable("no lab kernel: `make lab-kernel` builds it, or GMEMD_LAB_KERNEL names one")
 
 
 def environment(wanted: list[str]) -> dict[str, str]:

@@ -10,6 +10,6 @@ class LabError(Exception):
 
 
 class Unavailable(LabError):
-    """This machine lacks a program that the lab needs."""
+    """This machine lacks what the lab needs: a program, a kernel."""
 
     status = os.EX_UNAVAILABLE
