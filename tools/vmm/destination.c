@@ -32,19 +32,28 @@ struct destination {
 
 static void send_regions(struct destination *destination, const char *migration)
 {
-    const struct memory *memory = &destination->machine.memory;
-    unsigned count = memory->files;
+    struct machine *machine = &destination->machine;
+    const struct memory *memory = &machine->memory;
+    unsigned uffd = memory->files, count = uffd + 1;
     int fds[HANDOFF_FDS];
     struct json json;
 
-    memcpy(fds, memory->file, count * sizeof(int));
-    fds[count] = destination->uffd;
+    memcpy(fds, memory->file, uffd * sizeof(int));
+    fds[uffd] = destination->uffd;
     json_begin(&json);
     json_number(&json, "gmemd", 1);
     json_string(&json, "receive", migration);
-    handoff_regions(&json, memory, &count);
-    if (!handoff_send(destination->daemon, json_end(&json), fds, count + 1))
+    handoff_regions(&json, memory, &uffd);
+    if (memory->bitmaps) {
+        fds[count++] = memory->bitmap_file;
+        json_number(&json, "vcpus", machine->vcpus);
+        json_number(&json, "faults", count);
+        fds[count++] = machine->userfault.daemons;
+    }
+    if (!handoff_send(destination->daemon, json_end(&json), fds, count))
         fail(EX_PROTOCOL, "gmemd closed the connection");
+    if (memory->bitmaps)
+        userfault_sent(&machine->userfault);
 }
 
 static void report_ready(const struct destination *destination)
@@ -102,6 +111,8 @@ static void take_done(struct destination *destination)
     uint64_t duration_us = (now_ns() - machine_started_ns(machine)) / 1000;
     struct json event;
 
+    if (machine->memory.bitmaps)
+        userfault_done(&machine->userfault);
     machine_measure(machine, false);
     destination->arrival.ticks_per_us = ticks_per_us;
     destination->arrival.blocked_us = blocked_us;
@@ -112,6 +123,8 @@ static void take_done(struct destination *destination)
     json_begin(&event);
     json_string(&event, "event", "done");
     json_number(&event, "since_first_instruction_us", duration_us);
+    if (machine->memory.bitmaps)
+        userfault_report(&machine->userfault, &event);
     json_print(&event);
 }
 

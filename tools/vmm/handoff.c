@@ -153,6 +153,10 @@ void handoff_regions(struct json *json, const struct memory *memory, const unsig
             json_number(json, "hva", (uintptr_t)memory->base + region->gpa);
             json_number(json, "uffd", *uffd);
         }
+        if (uffd && memory->bitmaps) {
+            json_number(json, "bitmap", *uffd + 1);
+            json_number(json, "bitmap_offset", region->bitmap_offset);
+        }
         json_close(json, '}');
     }
     json_close(json, ']');

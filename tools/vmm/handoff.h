@@ -29,7 +29,10 @@ int message_take_fd(struct message *message, const char *key);
 void message_close(struct message *message);
 
 struct json;
-/* Adds "regions". A destination says where they are mapped, and the index of the `uffd`. */
+/*
+ * Adds "regions". A destination says where they are mapped, and the index of the `uffd`; that of
+ * the userfault bitmaps, where there are any, is the next.
+ */
 void handoff_regions(struct json *json, const struct memory *memory, const unsigned *uffd);
 
 #endif

@@ -41,24 +41,6 @@ void kvm_create_vm(struct machine *machine)
         fail(EX_UNAVAILABLE, "KVM_CREATE_VM: %s", strerror(errno));
 }
 
-void kvm_create_slots(struct machine *machine)
-{
-    const struct memory *memory = &machine->memory;
-
-    for (unsigned i = 0; i < memory->regions; i++) {
-        const struct region *region = &memory->region[i];
-        struct kvm_userspace_memory_region slot = {
-            .slot = i,
-            .guest_phys_addr = region->gpa,
-            .memory_size = region->size,
-            .userspace_addr = (uintptr_t)memory->base + region->gpa,
-        };
-
-        if (ioctl(machine->vm, KVM_SET_USER_MEMORY_REGION, &slot) < 0)
-            fail(EX_UNAVAILABLE, "region %u as a slot of KVM: %s", i, strerror(errno));
-    }
-}
-
 static void set_cpuid(const struct vcpu *vcpu)
 {
     CLEANUP_FREE struct kvm_cpuid2 *cpuid =
@@ -164,15 +146,31 @@ __attribute__((noreturn)) static void fail_exit(const struct vcpu *vcpu)
          vcpu->run->exit_reason == KVM_EXIT_SHUTDOWN ? ": the code that it runs is damaged" : "");
 }
 
+/* A slot's bitmap says that the page is not there yet. */
+static bool wants_page(const struct kvm_run *run, uint64_t *ret_gpa)
+{
+    struct memory_fault fault;
+
+    memcpy(&fault, &run->hw, sizeof(fault));
+    *ret_gpa = fault.gpa;
+    return run->exit_reason == KVM_EXIT_MEMORY_FAULT &&
+           fault.flags & KVM_MEMORY_EXIT_FLAG_USERFAULT;
+}
+
 void kvm_run_vcpu(struct vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
+    uint64_t gpa;
 
     for (;;) {
         run->immediate_exit = 0;
         if (atomic_load(&vcpu->stop)) /* after the line above: a kick between them is not lost */
             run->immediate_exit = 1;
         if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
+            if (errno == EFAULT && wants_page(run, &gpa)) {
+                userfault_resolve(vcpu, gpa);
+                continue;
+            }
             if (errno != EINTR)
                 fail(EX_SOFTWARE, "vCPU %u: KVM_RUN: %s", vcpu->id, strerror(errno));
             if (atomic_load(&vcpu->stop))

@@ -114,8 +114,10 @@ void machine_create(struct machine *machine, const struct options *options)
     if (machine->guest == GUEST_KVM)
         kvm_create_vm(machine);
     machine->memory = memory_create(options, machine->vm);
+    if (options->slot == SLOT_GUEST_MEMFD && options->destination)
+        userfault_create(&machine->userfault, &machine->memory, options, machine->kvm);
     if (machine->guest == GUEST_KVM)
-        kvm_create_slots(machine);
+        slots_create(machine, options);
     for (unsigned i = 0; i < machine->vcpus; i++) {
         machine->vcpu[i].machine = machine;
         machine->vcpu[i].id = i;

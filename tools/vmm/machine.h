@@ -12,6 +12,7 @@
 #include <stddef.h>
 
 #include "memory.h"
+#include "userfault.h"
 
 /* What must travel with a vCPU besides memory. Of a stand-in that is only the step counter. */
 struct vcpu_state {
@@ -47,6 +48,7 @@ struct note {
 struct machine {
     enum guest_kind guest;
     struct memory memory;
+    struct userfault userfault;
     struct guest_params params; /* the host's own copy */
     unsigned vcpus;
     struct vcpu vcpu[GUEST_VCPUS];
@@ -90,7 +92,8 @@ void machine_report_steps(const struct machine *machine, struct json *json);
 void vcpu_left(struct vcpu *vcpu, enum guest_exit reason);
 
 void kvm_create_vm(struct machine *machine);
-void kvm_create_slots(struct machine *machine);
+/* The slots of KVM, as --slot says. */
+void slots_create(const struct machine *machine, const struct options *options);
 void kvm_create_vcpu(struct vcpu *vcpu);
 void kvm_reset_vcpu(struct vcpu *vcpu);
 void kvm_save_vcpu(const struct vcpu *vcpu, struct vcpu_state *ret);

@@ -91,7 +91,7 @@ static int create_memfd(uint64_t size, bool huge)
     return file;
 }
 
-static int create_guest_memfd(uint64_t size, int vm)
+static int create_guest_memfd(const struct options *options, uint64_t size, int vm)
 {
     struct kvm_create_guest_memfd create = {.size = size};
     int offered, file;
@@ -102,6 +102,13 @@ static int create_guest_memfd(uint64_t size, int vm)
     create.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
     if (offered > 0)
         create.flags |= (uint64_t)offered & GUEST_MEMFD_FLAG_WRITE;
+    if (options->no_direct_map)
+        create.flags |= GUEST_MEMFD_FLAG_NO_DIRECT_MAP;
+    if (options->no_direct_map && offered >= 0 && !(offered & (int)GUEST_MEMFD_FLAG_NO_DIRECT_MAP))
+        fail(EX_UNAVAILABLE,
+             "guest_memfd: this KVM offers flags %d, NO_DIRECT_MAP (4) is not among them: run a "
+             "kernel that has it (`make lab-kernel` builds one), or leave --no-direct-map away",
+             offered);
     file = ioctl(vm, KVM_CREATE_GUEST_MEMFD, &create);
     if (file < 0)
         fail(EX_UNAVAILABLE,
@@ -111,14 +118,14 @@ static int create_guest_memfd(uint64_t size, int vm)
     return file;
 }
 
-static int create_file(enum backing backing, uint64_t size, int vm)
+static int create_file(const struct options *options, enum backing backing, uint64_t size, int vm)
 {
     if (backing == BACKING_GUEST_MEMFD)
-        return create_guest_memfd(size, vm);
+        return create_guest_memfd(options, size, vm);
     return create_memfd(size, backing == BACKING_HUGETLB);
 }
 
-static void create_files(struct memory *memory, int vm)
+static void create_files(struct memory *memory, const struct options *options, int vm)
 {
     uint64_t sizes[OPTIONS_REGIONS] = {0};
 
@@ -129,7 +136,8 @@ static void create_files(struct memory *memory, int vm)
 
         if (region->offset)
             continue;
-        memory->file[region->file] = create_file(region->backing, sizes[region->file], vm);
+        memory->file[region->file] =
+            create_file(options, region->backing, sizes[region->file], vm);
     }
 }
 
@@ -167,7 +175,7 @@ struct memory memory_create(const struct options *options, int vm)
 
     plan_regions(&memory, options);
     plan_files(&memory);
-    create_files(&memory, vm);
+    create_files(&memory, options, vm);
     memory.base = reserve(memory.size);
     for (unsigned i = 0; i < memory.regions; i++)
         map(&memory, &memory.region[i]);

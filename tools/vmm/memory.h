@@ -11,6 +11,7 @@ struct region {
     uint64_t size;
     uint64_t page_size;
     uint64_t gpa;
+    uint64_t bitmap_offset; /* of its userfault bitmap */
 };
 
 struct memory {
@@ -20,6 +21,8 @@ struct memory {
     struct region region[OPTIONS_REGIONS];
     unsigned files;
     int file[OPTIONS_REGIONS];
+    uint8_t *bitmaps; /* KVM userfault: where they are mapped, and their memfd; NULL without */
+    int bitmap_file;
 };
 
 /* Creates and maps the files, touches nothing. `vm` makes guest_memfds; -1 if there is none. */

@@ -18,6 +18,12 @@ static const char HELP[] =
     "  --regions N         pieces that guest memory consists of, 1 to 64 (1)\n"
     "  --backing KIND      memfd, hugetlb, guest_memfd, or mixed: half of it hugetlb (memfd)\n"
     "  --guest KIND        kvm, threads, or auto: kvm where /dev/kvm opens (auto)\n"
+    "  --slot KIND         plain: KVM goes through the mapping; guest_memfd: it takes pages from\n"
+    "                      the file, and a destination's vCPUs ask by KVM userfault (plain)\n"
+    "  --no-direct-map     pages leave the kernel's direct map; with --slot guest_memfd\n"
+    "\n"
+    "The destination, with --slot guest_memfd:\n"
+    "  --prefault          map all pages that the daemon says are there, before a vCPU goes on\n"
     "\n"
     "The source says what the guest does:\n"
     "  --pattern NAME      sequential, random, strided, hotset: which page a step writes (random)\n"
@@ -34,6 +40,7 @@ static const char HELP[] =
 
 static const char *const GUEST_NAMES[] = {"kvm", "threads"};
 static const char *const BACKING_NAMES[] = {"memfd", "hugetlb", "guest_memfd", "mixed"};
+static const char *const SLOT_NAMES[] = {"plain", "guest_memfd"};
 static const char *const PATTERN_NAMES[] = {"sequential", "random", "strided", "hotset"};
 
 /* How often a limited rate is enforced: often beside a migration, seldom beside a step. */
@@ -98,6 +105,12 @@ static void parse_machine(struct options *options, const char *name, const char 
         options->backing = parse_name(name, value, BACKING_NAMES, 4);
     else if (strcmp(name, "guest") == 0)
         options->guest = parse_guest(value);
+    else if (strcmp(name, "slot") == 0)
+        options->slot = parse_name(name, value, SLOT_NAMES, 2);
+    else if (strcmp(name, "no-direct-map") == 0)
+        options->no_direct_map = true;
+    else if (strcmp(name, "prefault") == 0)
+        options->prefault = true;
     else if (strcmp(name, "listen") == 0)
         options->listen = value;
     else if (strcmp(name, "gmemd") == 0)
@@ -124,6 +137,19 @@ static void parse_workload(struct options *options, const char *name, const char
         workload->rate = parse_number(name, value, 1, 1u << 30);
 }
 
+static void check_slot(const struct options *options)
+{
+    if (options->slot == SLOT_GUEST_MEMFD && options->backing != BACKING_GUEST_MEMFD)
+        fail(EX_USAGE, "--slot guest_memfd needs --backing guest_memfd");
+    if (options->slot == SLOT_GUEST_MEMFD && options->guest != GUEST_KVM)
+        fail(EX_UNAVAILABLE, "--slot guest_memfd is for KVM: use it where /dev/kvm opens");
+    /* For a plain slot KVM pins the pages of the mapping, and these cannot be pinned. */
+    if (options->no_direct_map && options->slot != SLOT_GUEST_MEMFD)
+        fail(EX_USAGE, "--no-direct-map needs --slot guest_memfd");
+    if (options->prefault && (!options->destination || options->slot != SLOT_GUEST_MEMFD))
+        fail(EX_USAGE, "--prefault is for a destination with --slot guest_memfd");
+}
+
 static void check(struct options *options)
 {
     bool huge = options->backing == BACKING_HUGETLB || options->backing == BACKING_MIXED;
@@ -139,6 +165,7 @@ static void check(struct options *options)
         fail(EX_USAGE, "a destination needs --gmemd PATH and --migration ID");
     if (!options->destination && !options->listen)
         fail(EX_USAGE, "a source needs --listen PATH");
+    check_slot(options);
     options->workload.pace = (options->workload.rate + PACES_A_SECOND - 1) / PACES_A_SECOND;
 }
 
@@ -147,6 +174,8 @@ static const struct option LONG_OPTIONS[] = {
     {"regions", required_argument, NULL, 'm'},    {"backing", required_argument, NULL, 'm'},
     {"guest", required_argument, NULL, 'm'},      {"listen", required_argument, NULL, 'm'},
     {"gmemd", required_argument, NULL, 'm'},      {"migration", required_argument, NULL, 'm'},
+    {"slot", required_argument, NULL, 'm'},       {"no-direct-map", no_argument, NULL, 'm'},
+    {"prefault", no_argument, NULL, 'm'},
     {"pattern", required_argument, NULL, 'w'},    {"stride", required_argument, NULL, 'w'},
     {"hot-share", required_argument, NULL, 'w'},  {"zero-share", required_argument, NULL, 'w'},
     {"seed", required_argument, NULL, 'w'},       {"rate", required_argument, NULL, 'w'},

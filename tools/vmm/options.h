@@ -7,6 +7,8 @@
 enum { OPTIONS_REGIONS = 64 };
 
 enum backing { BACKING_MEMFD, BACKING_HUGETLB, BACKING_GUEST_MEMFD, BACKING_MIXED };
+/* What KVM takes pages from: the mapping, or the guest_memfd itself. */
+enum slot { SLOT_PLAIN, SLOT_GUEST_MEMFD };
 enum guest_kind { GUEST_KVM, GUEST_THREADS };
 
 struct options {
@@ -15,6 +17,9 @@ struct options {
     unsigned vcpus;
     unsigned regions;
     enum backing backing;
+    enum slot slot;
+    bool no_direct_map;
+    bool prefault;
     enum guest_kind guest;
     struct guest_workload workload;
     const char *listen;
