@@ -138,12 +138,14 @@ class Demo:
 
     def _summary(self, migration: Event) -> Event:
         verified, ready, counters = self.events["verified"], self.events["ready"], migration["counters"]
-        duration_us = self.events["done"]["since_first_instruction_us"]
+        done = self.events["done"]
+        duration_us = done["since_first_instruction_us"]
         latency = migration["fault_latency_us"]
         every_page = verified["pages_verified"] == verified["pages"] and not verified["mismatches"]
         return {
             "ok": bool(verified["ok"]) and every_page,
             "backing": self.cast.plan.options.backing,
+            "slot": self.cast.plan.options.slot,
             "guest": verified["guest"],
             "trap": ready["trap"],
             "populate": ready["populate"],
@@ -153,6 +155,8 @@ class Demo:
             "pages_as_at_source": verified["against_source"],
             "mismatches": verified["mismatches"],
             "faults": counters["faults"],
+            "vcpu_exits": done.get("vcpu_exits", 0),
+            "prefaulted_pages": done.get("prefaulted_pages", 0),
             "fault_latency_us": {name: latency[name] for name in ("p50", "p90", "p99", "max", "mean")},
             "touch_latency_us": verified["touch_latency_us"],
             "urgent_pages": counters["urgent_pages"],

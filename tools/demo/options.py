@@ -13,6 +13,18 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vcpus", type=int, default=2, metavar="N", help="1 to 8 (2)")
     command.add_argument("--regions", type=int, default=1, metavar="N", help="pieces that guest memory is cut into (1)")
     command.add_argument("--backing", choices=("memfd", "hugetlb", "guest_memfd", "mixed"), default="memfd")
+    command.add_argument(
+        "--slot",
+        choices=("plain", "guest_memfd"),
+        default="plain",
+        help="what KVM takes guest_memfd from: its mapping, or the file itself, with KVM userfault (plain)",
+    )
+    command.add_argument(
+        "--no-direct-map", action="store_true", help="keep guest_memfd out of the kernel's direct map"
+    )
+    command.add_argument(
+        "--prefault", action="store_true", help="have vCPUs that asked for a page map what is there behind it"
+    )
     command.add_argument("--pattern", choices=PATTERNS, default="random", help="how the guest picks pages (random)")
     command.add_argument("--lanes", type=int, default=2, metavar="N", help="background connections (2)")
     command.add_argument("--populate", choices=("auto", "write", "recv", "copy"), default="auto")

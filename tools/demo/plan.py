@@ -35,7 +35,8 @@ class Plan:
         return ["source", f"--listen={self._vmm}", *self._machine(), f"--pattern={o.pattern}", f"--seed={o.seed}"]
 
     def destination(self) -> list[str]:
-        return ["destination", f"--gmemd={self._handoff}", f"--migration={MIGRATION}", *self._machine()]
+        own = ["--prefault"] if self.options.prefault else []
+        return ["destination", f"--gmemd={self._handoff}", f"--migration={MIGRATION}", *self._machine(), *own]
 
     def sender(self, port: int) -> list[str]:
         return [
@@ -64,6 +65,8 @@ class Plan:
             f"--regions={o.regions}",
             f"--backing={o.backing}",
             f"--guest={o.guest}",
+            f"--slot={o.slot}",
+            *(["--no-direct-map"] if o.no_direct_map else []),
         ]
 
     def _config(self) -> Path:
