@@ -18,6 +18,7 @@ from gmemd.migrate.wire import MAX_LANES, valid_id
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
 
+MAX_AHEAD = 63  # one frame, with the page that was asked for
 DEFAULT_LANES = 2  # the second keeps a second core of the source busy
 
 
@@ -41,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="BYTES/S",
         help="send at most this much in the background, as 100M "
         "(0: no limit); what the guest waits for is never held back",
+    )
+    top.add_argument(
+        "--ahead",
+        type=int,
+        default=16,
+        metavar="PAGES",
+        help="to a guest that walks through memory, send at most so many pages before it asks (16; 0 to 63)",
     )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
@@ -69,6 +77,8 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
     if not 0 <= options.gpa < 2**63:
         raise UsageError(f"--gpa {options.gpa:#x}: 0 to 2^63 - 1")
+    if not 0 <= options.ahead <= MAX_AHEAD:
+        raise UsageError(f"--ahead {options.ahead}: 0 to {MAX_AHEAD}")
     if not 0 <= options.poll_us <= 1000:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
     return Destination(host, port, options.migration, options.lanes, background=not options.no_background)
@@ -80,7 +90,7 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
         rate = config.parse_size(options.rate)
     except ValueError as error:
         raise UsageError(f"--rate {options.rate}: {error}") from None
-    settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us)
+    settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us, ahead=options.ahead)
     guest: SendingGuest
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
         migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)

@@ -20,13 +20,15 @@ KIND_BEAT = 4
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
     """Times in seconds: between signs of life, of silence after which a lane is dead, for a hand-shake. `poll_us`: the
-    longest poll before a sleep on the urgent lane, in µs."""
+    longest poll before a sleep on the urgent lane, in µs. `ahead`: pages that a guest which walks through memory gets
+    before it asks, at most."""
 
     heartbeat: float = 0.3
     dead_after: float = 1.0
     handshake_timeout: float = 10.0
     checksum: bool = True
     poll_us: int = 50
+    ahead: int = 16
 
 
 # A beat in the form that page lanes take (gmemd/native/frame.h), without a checksum, which a beat need not have.

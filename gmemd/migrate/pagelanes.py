@@ -93,7 +93,13 @@ class PageLanes:
     async def _serve(self, messages: MessageStream) -> None:
         """Answers requests in a thread of its own, until the lane ends."""
         fd = messages.take_socket().fileno()
-        server = Server(self.source, fd, checksum=self.welcome.checksum, poll_us=self.settings.poll_us)
+        server = Server(
+            self.source,
+            fd,
+            checksum=self.welcome.checksum,
+            poll_us=self.settings.poll_us,
+            ahead=self.settings.ahead,
+        )
         self._server = server
         try:
             async with open_tasks() as tasks:

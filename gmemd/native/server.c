@@ -1,5 +1,6 @@
 #include "server.h"
 
+#include "ahead.h"
 #include "clock.h"
 #include "frame.h"
 #include "poller.h"
@@ -19,6 +20,7 @@ enum { REQUESTS = 128 }; /* read at once: as many as a large guest's vCPUs send 
 struct gm_server {
     struct gm_sender sender;
     struct gm_poll poll;
+    struct gm_ahead ahead;
     int epoll, kick;
     _Atomic bool stop, beat;
     bool writable_wanted;
@@ -27,7 +29,7 @@ struct gm_server {
     _Atomic uint64_t heard_ns;
 };
 
-struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us,
+struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us, uint32_t ahead,
                                 struct gm_problem *ret)
 {
     struct gm_server *server = calloc(1, sizeof *server);
@@ -38,6 +40,7 @@ struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, u
         return NULL;
     }
     gm_poll_init(&server->poll, poll_us);
+    server->ahead.most = ahead < GM_FRAME_PAGES ? ahead : GM_FRAME_PAGES - 1;
     server->heard_ns = gm_now_ns();
     server->epoll = epoll_create1(EPOLL_CLOEXEC);
     server->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -93,6 +96,26 @@ uint64_t gm_server_heard_ns(const struct gm_server *server)
 }
 
 /* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
+/* Sends what a guest that walks through memory will want next, and has the background go on behind that. */
+static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t page, struct gm_problem *ret)
+{
+    struct gm_source *source = server->sender.source;
+    uint32_t window = gm_ahead_fault(&server->ahead, r->index, page);
+    uint64_t left = r->pages - page - 1;
+    unsigned at = 0, run, count = window < left ? window : (unsigned)left;
+    uint64_t mask;
+
+    if (!count || !gm_sender_fits(&server->sender, r, count))
+        return 0;
+    mask = gm_bitmap_claim(r->claimed, page + 1, count);
+    for (; (run = gm_mask_run(mask, &at)); at += run)
+        if (gm_sender_add(&server->sender, r, page + 1 + at, run, ret) < 0)
+            return -1;
+    atomic_fetch_add_explicit(&source->n.ahead_pages, (unsigned)__builtin_popcountll(mask), memory_order_relaxed);
+    gm_source_go_to(source, r->index, page + 1 + count);
+    return 0;
+}
+
 static int take_request(struct gm_server *server, struct gm_problem *ret)
 {
     struct gm_source *source = server->sender.source;
@@ -110,6 +133,8 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
         if (gm_sender_add(&server->sender, r, f.first, f.count, ret) < 0)
             return -1;
         atomic_fetch_add_explicit(&source->n.urgent_pages, f.count, memory_order_relaxed);
+        if (f.count == 1 && gm_frame_pages(r) > 1 && send_ahead(server, r, f.first, ret) < 0)
+            return -1;
     }
     server->start += GM_HEADER_BYTES;
     return 0;

@@ -10,8 +10,11 @@
 /* python */
 struct gm_server;
 
-/* `socket` stays the caller's, and is non-blocking. Polls for at most `poll_us` before it sleeps. */
-struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us,
+/*
+ * `socket` stays the caller's, and is non-blocking. Polls for at most `poll_us` before it sleeps. Sends at most `ahead` pages behind one that
+ * was asked for to a guest that walks through memory.
+ */
+struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us, uint32_t ahead,
                                 struct gm_problem *ret);
 void gm_server_free(struct gm_server *server);
 /* Answers requests until gm_server_stop() (0), or until the lane ends or a page cannot be read (-1). Call it in a thread of its own. */

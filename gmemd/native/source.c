@@ -17,6 +17,7 @@ struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret)
         return NULL;
     }
     s->memory = m;
+    s->from_start = true;
     pthread_mutex_init(&s->lock, NULL);
     return s;
 }
@@ -32,6 +33,7 @@ void gm_source_counters(const struct gm_source *s, struct gm_source_counters *ou
 {
     *out = (struct gm_source_counters){
         .urgent_pages = s->n.urgent_pages,
+        .ahead_pages = s->n.ahead_pages,
         .background_pages = s->n.background_pages,
         .zero_pages = s->n.zero_pages,
         .sent_bytes = s->n.sent_bytes,
@@ -50,6 +52,7 @@ void gm_source_restart(struct gm_source *s)
     }
     s->region = 0;
     s->page = 0;
+    s->from_start = true;
 }
 
 void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count)
@@ -110,10 +113,17 @@ unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, u
     return n;
 }
 
-bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
+void gm_source_go_to(struct gm_source *s, uint32_t region, uint64_t page)
 {
     GM_LOCKED(&s->lock);
 
+    s->region = region;
+    s->page = page;
+    s->from_start = false;
+}
+
+static bool take_from_cursor(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
+{
     for (; s->region < s->memory->count; s->region++, s->page = 0) {
         struct gm_region *r = &s->memory->region[s->region];
 
@@ -136,4 +146,18 @@ bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64
         }
     }
     return false;
+}
+
+bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
+{
+    GM_LOCKED(&s->lock);
+
+    if (take_from_cursor(s, region, first, count))
+        return true;
+    if (s->from_start)
+        return false;
+    s->region = 0;
+    s->page = 0;
+    s->from_start = true;
+    return take_from_cursor(s, region, first, count);
 }

@@ -18,7 +18,7 @@
 struct gm_source;
 
 struct gm_source_counters {
-    uint64_t urgent_pages, background_pages, zero_pages, sent_bytes;
+    uint64_t urgent_pages, ahead_pages, background_pages, zero_pages, sent_bytes;
 };
 
 struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret);
@@ -46,11 +46,15 @@ struct gm_source {
     pthread_mutex_t lock; /* of the cursor */
     unsigned region;
     uint64_t page;
+    bool from_start; /* the cursor has come from the beginning, so nothing is left before it */
     uint64_t rate, due_ns; /* with a rate: when what has been taken so far will have gone */
     struct {
-        _Atomic uint64_t urgent_pages, background_pages, zero_pages, sent_bytes;
+        _Atomic uint64_t urgent_pages, ahead_pages, background_pages, zero_pages, sent_bytes;
     } n;
 };
+
+/* Has the background go on from here. */
+void gm_source_go_to(struct gm_source *s, uint32_t region, uint64_t page);
 
 /* Takes the next pages that a background frame may carry; false when all are taken. */
 bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count);

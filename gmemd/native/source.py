@@ -84,10 +84,10 @@ class Push:
 class Server:
     """The urgent lane: answers requests. `socket` is a non-blocking descriptor, the caller's."""
 
-    def __init__(self, source: Source, socket: int, *, checksum: bool, poll_us: int) -> None:
+    def __init__(self, source: Source, socket: int, *, checksum: bool, poll_us: int, ahead: int = 0) -> None:
         self.source = source
         self.native: Any = ffi.gc(
-            checked(lib.gm_server_new, source.native, socket, checksum, poll_us), lib.gm_server_free
+            checked(lib.gm_server_new, source.native, socket, checksum, poll_us, ahead), lib.gm_server_free
         )
 
     def run(self) -> None:
