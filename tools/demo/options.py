@@ -39,3 +39,10 @@ def add(command: argparse.ArgumentParser) -> None:
         metavar="FAULT[@PERCENT]",
         help=f"break something when so much of the memory has arrived (50): {', '.join(KINDS)}; may be repeated",
     )
+
+
+def usual(**wanted: object) -> argparse.Namespace:
+    """The options as they are unless said otherwise, for those who play a demo's cast without its command line."""
+    command = argparse.ArgumentParser()
+    add(command)
+    return argparse.Namespace(**(vars(command.parse_args([])) | wanted))

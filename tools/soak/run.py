@@ -19,6 +19,7 @@ from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.link import Link
+from gmemd_tools.demo.options import usual
 from gmemd_tools.demo.plan import MIGRATION, Plan
 from gmemd_tools.demo.processes import Process, open_stage
 from gmemd_tools.soak.faults import Fault, draw
@@ -74,7 +75,7 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
 
 def machine(rng: random.Random) -> argparse.Namespace:
     """A small one, of any kind."""
-    return argparse.Namespace(
+    return usual(
         memory=f"{MEMORY_MIB}M",
         vcpus=rng.randint(1, 2),
         regions=rng.choice((1, 1, 3)),
@@ -84,7 +85,6 @@ def machine(rng: random.Random) -> argparse.Namespace:
         lanes=rng.randint(1, 3),
         populate=rng.choice(("auto", "recv", "copy")),
         seed=rng.randrange(1, 1 << 31),
-        trace=None,
     )
 
 
