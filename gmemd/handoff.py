@@ -28,6 +28,7 @@ MAX_BYTES = 2**63 - 1
 # More vCPUs than KVM gives to one machine.
 MAX_VCPUS = 4096
 BITMAP_ALIGNMENT = 8
+BITMAP_PAGE = 4096  # KVM's, whatever backs the guest
 REGION_KEYS = ("file", "offset", "size", "page_size", "gpa")
 DESTINATION_KEYS = ("hva", "uffd")
 # A VMM's value in a message for people: short, and not as deep as it may be.
@@ -164,6 +165,8 @@ def _bitmap_untrusted(index: int, region: dict[str, Any], descriptors: int) -> d
         raise _wrong(f"region {index}: bitmap = {shown(bitmap)} (a whole number from 0 to {descriptors - 1})")
     if type(offset) is not int or not 0 <= offset <= MAX_BYTES or offset % BITMAP_ALIGNMENT:
         raise _wrong(f"region {index}: bitmap_offset = {shown(offset)} (a multiple of {BITMAP_ALIGNMENT})")
+    if region["page_size"] != BITMAP_PAGE:
+        raise _wrong(f"region {index}: page_size = {region['page_size']}, but a bitmap is for pages of {BITMAP_PAGE}")
     return {"bitmap": bitmap, "bitmap_offset": offset}
 
 

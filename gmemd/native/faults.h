@@ -19,6 +19,7 @@ struct gm_port {
     bool full;   /* as many waits as there can be: its userfaultfds are not watched */
     bool again;  /* something could not be mapped while events waited to be read */
     bool missed; /* faults were read for which there was no room: woken, they come again */
+    bool deaf;   /* the VMM's fault socket is watched for room alone */
     bool unsaid; /* a request found no room in `out`: once that is empty, everything is asked for again */
     size_t out_start, out_end;
     unsigned char out[GM_OUT_BYTES];

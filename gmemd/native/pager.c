@@ -8,6 +8,7 @@
 #include "cleanup.h"
 #include "faults.h"
 #include "poller.h"
+#include "vcpus.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -121,14 +122,23 @@ static bool first_of_its_uffd(const struct gm_memory *m, unsigned region)
     return true;
 }
 
+/* A VMM that leaves no room for answers is not listened to. */
+static int watch_vcpus(struct gm_pager *p, const struct gm_port *port, int operation)
+{
+    struct epoll_event event = {
+        .events = port->deaf ? EPOLLOUT : EPOLLIN,
+        .data.u64 = tag(WATCH_VCPUS, port->id, 0),
+    };
+
+    return epoll_ctl(p->epoll, operation, port->destination->vcpu_socket, &event);
+}
+
 /* Adds, or with EPOLL_CTL_DEL takes away, all that faults of the port come from. */
 static int watch_faults(struct gm_pager *p, const struct gm_port *port, int operation)
 {
     const struct gm_memory *m = port->destination->memory;
-    struct epoll_event vcpus = {.events = EPOLLIN, .data.u64 = tag(WATCH_VCPUS, port->id, 0)};
-    int socket = port->destination->vcpu_socket;
 
-    if (socket >= 0 && epoll_ctl(p->epoll, operation, socket, &vcpus) < 0 && operation == EPOLL_CTL_ADD)
+    if (port->destination->vcpu_socket >= 0 && watch_vcpus(p, port, operation) < 0 && operation == EPOLL_CTL_ADD)
         return -1;
     for (unsigned i = 0; i < m->count; i++) {
         struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag(WATCH_UFFD, port->id, i)};
@@ -289,6 +299,12 @@ static void read_vcpus(struct gm_pager *p, struct gm_port *port)
 {
     struct gm_problem problem;
 
+    if (port->deaf) {
+        port->deaf = !gm_vcpus_ask_again(port->destination);
+        watch_vcpus(p, port, EPOLL_CTL_MOD);
+        return;
+    }
+
     if (gm_faults_read_vcpus(port, &problem) < 0) {
         epoll_ctl(p->epoll, EPOLL_CTL_DEL, port->destination->vcpu_socket, NULL);
         gm_destination_tell(port->destination, GM_EVENT_VMM_BROKEN, &problem);
@@ -350,6 +366,10 @@ static void settle(struct gm_pager *p, struct outlook *next)
             gm_faults_sweep(port);
         if (port->full)
             settle_full(p, port);
+        if (atomic_load(&port->destination->vcpus_deaf) && !port->deaf) {
+            port->deaf = true;
+            watch_vcpus(p, port, EPOLL_CTL_MOD);
+        }
         send_requests(p, port);
         if (port->unsaid && port->out_start == port->out_end) {
             port->unsaid = false;

@@ -1,5 +1,7 @@
 #include "userfault.h"
 
+#include "memfile.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -10,11 +12,13 @@ int gm_userfault_map(struct gm_region *r, int fd, uint64_t offset, struct gm_pro
 {
     uint64_t needed = offset + gm_bitmap_words(r->pages) * sizeof(gm_word);
     int seals = fcntl(fd, F_GET_SEALS);
+    uint64_t page_size;
     struct stat st;
     void *map;
 
-    if (seals < 0)
-        return gm_blame(ret, GM_VMM, 0, "region %u: its userfault bitmap is no memfd: sent by the VMM", r->index);
+    /* Pages of hugetlb may be missing when they are touched, and that ends the process. */
+    if (seals < 0 || gm_memfile_kind(fd, &page_size, ret) != GM_SHMEM)
+        return gm_blame(ret, GM_VMM, 0, "region %u: its userfault bitmap is no memfd of base pages: sent by the VMM", r->index);
     if (!(seals & F_SEAL_SHRINK))
         return gm_blame(ret, GM_VMM, 0, "region %u: its userfault bitmap is not sealed against shrinking: sent by the VMM",
                         r->index);

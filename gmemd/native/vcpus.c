@@ -2,6 +2,7 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <stdatomic.h>
 #include <sys/socket.h>
 
 /* Both ways 16 bytes, little-endian. In a request `pages` is 0; in an answer it is 1 or more. */
@@ -49,7 +50,13 @@ static void tell(struct gm_destination *d, const struct message *m)
 
     if (send(d->vcpu_socket, m, sizeof *m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
         return;
-    gm_blame(&problem, GM_VMM, errno, "fault socket: the VMM does not take its answers");
+    if (errno == EAGAIN) {
+        gm_blame(&problem, GM_VMM, 0, "fault socket: full of answers that the VMM does not read; until it does, its requests are not read");
+        atomic_store(&d->vcpus_deaf, true);
+        gm_destination_kick(d);
+    } else {
+        gm_blame(&problem, GM_VMM, errno, "fault socket: the VMM takes no answer");
+    }
     gm_destination_tell(d, GM_EVENT_VMM_BROKEN, &problem);
 }
 
@@ -63,12 +70,16 @@ void gm_vcpus_answer(struct gm_destination *d, const struct gm_region *r, const 
         .gpa = htole64(r->gpa + gm_bytes(r, wait->page)),
     };
 
+    /* Another thread may be between setting received bits and clearing these. */
+    gm_bitmap_clear(r->userfault, wait->page, end - wait->page);
     tell(d, &m);
 }
 
-void gm_vcpus_ask_again(struct gm_destination *d)
+bool gm_vcpus_ask_again(struct gm_destination *d)
 {
     struct message m = {.vcpu = htole32(EVERY_VCPU)};
 
+    atomic_store(&d->vcpus_deaf, false);
     tell(d, &m);
+    return !atomic_load(&d->vcpus_deaf);
 }

@@ -4,6 +4,8 @@
 
 #include "destination.h"
 
+#include <stdbool.h>
+
 /* Takes one request. Returns 1 with the wait and its region filled in, 0 if there is none, -1 if the VMM broke the protocol. */
 int gm_vcpus_take_untrusted(const struct gm_destination *d, struct gm_wait *wait, struct gm_region **region,
                             struct gm_problem *ret);
@@ -11,7 +13,7 @@ int gm_vcpus_take_untrusted(const struct gm_destination *d, struct gm_wait *wait
 /* Tells a vCPU that its page is there, and how many received pages lie from it on, so that the VMM may map them ahead. */
 void gm_vcpus_answer(struct gm_destination *d, const struct gm_region *r, const struct gm_wait *wait);
 
-/* Has every vCPU that waits ask again. */
-void gm_vcpus_ask_again(struct gm_destination *d);
+/* Has every vCPU that waits ask again. False if there is no room even for that. */
+bool gm_vcpus_ask_again(struct gm_destination *d);
 
 #endif

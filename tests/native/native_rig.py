@@ -203,7 +203,7 @@ class Guest:
                 )
             )
             gpa += 2 * pages * size
-        self.memory = Memory("test", regions, self.files, self.uffds)
+        self.memory = self.new_memory(regions)
         self._stack.callback(self.memory.close)
         for region in range(len(regions)):
             self.memory.set_populate(region, populate)
@@ -211,6 +211,9 @@ class Guest:
             self.memory.register()
         self.destination = Destination(self.memory, trace=trace)
         self._stack.callback(self.destination.close)
+
+    def new_memory(self, regions: list[Region]) -> Memory:
+        return Memory("test", regions, self.files, self.uffds)
 
     def _own(self, fd: int) -> int:
         self._stack.callback(os.close, fd)
