@@ -73,16 +73,18 @@ class Daemon:
         async with trio.open_nursery() as outer:
             outer.start_soon(self._run_pager)
             try:
-                async with trio.open_nursery() as self._connections:
-                    for migration in kept:
-                        self._connections.start_soon(self._resume, migration)
-                    for listener, serve in listeners:
-                        self._connections.start_soon(self._accept, listener, serve)
-                    self._connections.start_soon(self._tell_status)
-                    self.notifier.ready()
-                    log.info("ready, sources come to %s", self.registry.listen)
-                    await self._wait_for_signal()
-                    self._connections.cancel_scope.cancel()
+                # Before we are ready: from then on, a signal means a clean end.
+                with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                    async with trio.open_nursery() as self._connections:
+                        for migration in kept:
+                            self._connections.start_soon(self._resume, migration)
+                        for listener, serve in listeners:
+                            self._connections.start_soon(self._accept, listener, serve)
+                        self._connections.start_soon(self._tell_status)
+                        self.notifier.ready()
+                        log.info("ready, sources come to %s", self.registry.listen)
+                        log.info("%s: stopping", signal.Signals(await anext(signals)).name)
+                        self._connections.cancel_scope.cancel()
             finally:
                 self.notifier.stopping()
                 self.pager.stop()
@@ -93,16 +95,13 @@ class Daemon:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self.pager.run, limiter=trio.CapacityLimiter(1))
 
-    async def _wait_for_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                log.info("%s: stopping", signal.Signals(number).name)
-                return
-
     async def _tell_status(self) -> None:
+        told = ""
         while True:
             await trio.sleep(STATUS_SECONDS)
-            self.notifier.status(status.one_line(self.registry))
+            if (now := status.one_line(self.registry)) != told:
+                self.notifier.status(now)
+                told = now
 
     def _listeners(self) -> list[tuple[trio.socket.SocketType, Callable[[trio.socket.SocketType], Awaitable[None]]]]:
         """What was handed in by name, or else what the configuration says."""

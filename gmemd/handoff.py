@@ -65,7 +65,7 @@ class Handoff:
 async def receive(sock: trio.socket.SocketType) -> tuple[bytes, Descriptors]:
     """One datagram and its descriptors; b"" when the peer has closed."""
     space = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
-    data, ancillary, flags, _ = await sock.recvmsg(MAX_MESSAGE + 1, space, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = await sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
     descriptors = Descriptors()
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -201,20 +201,19 @@ class VmmConnection:
         while True:
             try:
                 data, descriptors = await handoff.receive(self.sock)
-            except (OSError, HandoffError) as error:
-                log.info("VMM: %s", error, extra={"migration": migration.name})
-                return
-            descriptors.close()
-            if not data:
-                return
-            try:
+                descriptors.close()
+                if not data:
+                    return
                 await self._discard(migration, handoff.parse_untrusted(data).get("discard"))
             except GmemdError as error:
                 await self._tell({"error": str(error)})
+            except OSError as error:
+                log.info("VMM: %s", error, extra={"migration": migration.name})
+                return
 
     async def _discard(self, migration: IncomingMigration, ranges: object) -> None:
-        for region, first, pages in handoff.ranges_untrusted(ranges, migration.memory.regions):
-            migration.destination.discard(region, first, pages)
+        for some in handoff.ranges_untrusted(ranges, migration.memory.regions):
+            await trio.to_thread.run_sync(migration.destination.discard, *some, limiter=self.shared.lane_threads)
         await self._tell({"discarded": True})
 
     async def _watch_process(self, migration: IncomingMigration) -> None:
