@@ -1,0 +1,146 @@
+"""`gmemd serve` as a process, with sockets in a folder of its own, and what can be seen of it from outside."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from gmemd import status
+from support.polling import PATIENCE, eventually
+
+CONFIG = """
+[daemon]
+socket = "{folder}/gmemd.sock"
+status_socket = "{folder}/status.sock"
+[network]
+listen = "127.0.0.1:0"
+"""
+
+
+class Manager(threading.Thread):
+    """A service manager that reads all that it is told; descriptors that come with it are let go."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="manager")
+        self.path = path
+        self.told: list[str] = []
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self.start()
+
+    def run(self) -> None:
+        while data := self._socket.recv(4096):
+            self.told += data.decode().splitlines()
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.sendto(b"", str(self.path))
+        self.join()
+        self._socket.close()
+
+
+class DaemonProcess:
+    """A daemon that has said READY=1. `settings` go behind CONFIG, whose last table is [network]."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: str = "",
+        *,
+        arguments: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.folder = folder
+        self.socket = folder / "gmemd.sock"
+        self.status_socket = folder / "status.sock"
+        self.config = folder / "gmemd.toml"
+        self.config.write_text(CONFIG.format(folder=folder) + settings)
+        self.log = folder / "daemon.log"
+        self.manager = Manager(folder / "notify")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gmemd.cli", "serve", "--config", str(self.config), *arguments],
+                env=os.environ | {"NOTIFY_SOCKET": str(self.manager.path)} | dict(environ or {}),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=pass_fds,
+            )
+        try:
+            eventually(lambda: "READY=1" in self.manager.told or self._ended())
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.close()
+            raise
+        self.port = int(self.status()["listen"].rpartition(":")[2])
+
+    def _ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def status(self) -> dict[str, Any]:
+        return status.ask(self.status_socket, {"command": "status"})
+
+    def migration(self, name: str) -> dict[str, Any]:
+        """What it tells of one migration that has not ended."""
+        return next(m for m in self.status()["migrations"] if m["migration"] == name)
+
+    def ended(self, name: str) -> dict[str, Any]:
+        """What it tells of one that has, once it has."""
+
+        def look() -> dict[str, Any] | None:
+            return next((m for m in self.status()["finished"] if m["migration"] == name), None)
+
+        found = eventually(look)
+        assert found
+        return found
+
+    def abandon(self, name: str) -> dict[str, Any]:
+        return status.ask(self.status_socket, {"command": "abandon", "migration": name})
+
+    def descriptors(self) -> Counter[str]:
+        """How many it has of each kind, by names without what differs from one to the next."""
+        folder = Path(f"/proc/{self.process.pid}/fd")
+        found = []
+        for entry in folder.iterdir():
+            try:
+                found.append(os.readlink(entry).partition(":[")[0].removesuffix(" (deleted)"))
+            except FileNotFoundError:
+                continue
+        return Counter(found)
+
+    def memory_kib(self) -> dict[str, int]:
+        """Its VmRSS, RssAnon, RssShmem, …, in KiB."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+
+    def cpu_seconds(self) -> float:
+        """What it has used of the processor, all threads."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def tell_to_stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """Its exit code."""
+        self.tell_to_stop()
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """Whatever state it is in."""
+        self.process.kill()
+        self.process.wait()
+        self.manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
