@@ -11,9 +11,9 @@ from gmemd.native.memory import Populate, native_populate
 
 log = logging.getLogger(__name__)
 
-# Enough to be told apart, and done in some milliseconds.
-MEASURED_BYTES = 8 << 20
-ROUNDS = 3
+# Enough to be told apart, done in some milliseconds, and too short to be disturbed each time.
+MEASURED_BYTES = 2 << 20
+ROUNDS = 12
 # A busy host makes figures jump. What claims pages for a shorter time has to be beaten clearly.
 HANDICAP = {Populate.WRITE: 1.0, Populate.COPY: 1.2, Populate.RECV: 1.4}
 GUEST_MEMFD_FLAGS = lib.GM_GUEST_MEMFD_MMAP | lib.GM_GUEST_MEMFD_INIT_SHARED
@@ -35,6 +35,9 @@ class Chooser:
                 raise HandoffError(f'populate = "{self.wanted.value}" does not work on this memory file')
             return self.wanted
         kind, _ = kind_of(fd)
+        if kind == lib.GM_GUEST_MEMFD and Populate.WRITE in possible:
+            # It takes no write() unless its VMM asked for that, for what it saves: the mapping and its faults.
+            return Populate.WRITE
         if kind not in self._order:
             self._order[kind] = measured(kind)
         return next((way for way in self._order[kind] if way in possible), possible[0])
