@@ -1,6 +1,7 @@
 """Checks that what a VMM handed over is what it says, before a byte of it is used; and opens memory files for a
 source."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -12,6 +13,8 @@ from gmemd.native import check, ffi, lib
 from gmemd.native.memory import Memory, Region
 
 LARGEST_PAGE = 1 << lib.GM_MAX_PAGE_SHIFT
+# What a mapping of a guest_memfd fails with when it was made without one of these flags.
+MISSING_FLAGS = {errno.ENODEV: "GUEST_MEMFD_FLAG_MMAP", errno.EFAULT: "GUEST_MEMFD_FLAG_INIT_SHARED"}
 USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
@@ -30,6 +33,7 @@ def check_received(regions: Sequence[Region], fds: Sequence[int], limit: int) ->
             raise HandoffError(
                 f"region {index}: its memory file holds data already; it must be untouched: sent by the VMM"
             )
+        _check_shared(index, region, fds[region.file])
     identities = [os.fstat(fd).st_ino for fd in fds]
     _check_apart("guest physical addresses", [(0, r.gpa, r.size) for r in regions])
     _check_apart("host addresses", [(r.uffd, r.hva, r.size) for r in regions])
@@ -81,6 +85,16 @@ def _check_file(index: int, region: Region, fd: int) -> None:
     if (size := os.fstat(fd).st_size) < region.offset + region.size:
         needs = region.offset + region.size
         raise HandoffError(f"region {index}: the file has {size} bytes, the region needs {needs}: sent by the VMM")
+
+
+def _check_shared(index: int, region: Region, fd: int) -> None:
+    """A guest_memfd's flags cannot be asked for; whether its pages can be reached can be tried."""
+    if kind_of(fd)[0] != lib.GM_GUEST_MEMFD:
+        return
+    if (error := -lib.gm_memfile_shown(fd, region.offset)) in MISSING_FLAGS:
+        raise HandoffError(f"region {index}: a guest_memfd made without {MISSING_FLAGS[error]}: sent by the VMM")
+    if error:
+        raise HandoffError(f"region {index}: its guest_memfd shows no page: {os.strerror(error)}: sent by the VMM")
 
 
 def _check_userfaultfd(index: int, fd: int) -> None:

@@ -4,6 +4,7 @@
 #include "memfile.h"
 
 #include "cleanup.h"
+#include "guard.h"
 #include "uapi.h"
 
 #include <errno.h>
@@ -144,6 +145,19 @@ int gm_memfile_empty(int fd, uint64_t offset, uint64_t length)
     if (data < 0)
         return errno == ENXIO ? 1 : -1;
     return (uint64_t)data >= offset + length;
+}
+
+int gm_memfile_shown(int fd, uint64_t offset)
+{
+    void *map = mmap(NULL, BASE_PAGE, PROT_READ, MAP_SHARED, fd, (off_t)offset);
+    char byte;
+    int error;
+
+    if (map == MAP_FAILED)
+        return -errno;
+    error = gm_guarded_load(&byte, map, sizeof byte);
+    munmap(map, BASE_PAGE);
+    return error ? error : gm_memfile_punch(fd, offset, BASE_PAGE);
 }
 
 int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out)

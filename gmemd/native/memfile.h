@@ -32,6 +32,10 @@ int gm_memfile_kind(int fd, uint64_t *page_size, struct gm_problem *ret);
 /* Whether a range holds no page at all: 1 yes, 0 no, -1 cannot be told. */
 int gm_memfile_empty(int fd, uint64_t offset, uint64_t length);
 
+/* Whether a mapping of a file that is empty at `offset` shows its pages: 0, or -ENODEV if it cannot be mapped, -EFAULT if its pages
+ * are not shared. Leaves it as empty as it was. */
+int gm_memfile_shown(int fd, uint64_t offset);
+
 /* The next range at or after `from` and before `end` that may hold data, into out[0] (start) and out[1] (end); 0 if none. */
 int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out);
 /* end python */
