@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 
 from gmemd.errors import GmemdError, HandoffError
 from gmemd.guestmemory import kind_of
@@ -76,15 +75,5 @@ def _measure(kind: int, way: Populate) -> int:
 
 def _new_file(kind: int) -> int:
     if kind == lib.GM_GUEST_MEMFD:
-        for flags in _guest_memfd_flags():
-            try:
-                return check(lib.gm_memfile_guest_memfd, MEASURED_BYTES, flags)
-            except GmemdError as error:
-                problem = error
-        raise problem
+        return check(lib.gm_memfile_guest_memfd, MEASURED_BYTES, GUEST_MEMFD_FLAGS)
     return check(lib.gm_memfile_memfd, b"gmemd-measure", MEASURED_BYTES, HUGE_PAGE if kind == lib.GM_HUGETLB else 0)
-
-
-def _guest_memfd_flags() -> Sequence[int]:
-    """With write() first; a kernel without it refuses the flag."""
-    return (GUEST_MEMFD_FLAGS | lib.GM_GUEST_MEMFD_WRITE, GUEST_MEMFD_FLAGS)
