@@ -15,7 +15,7 @@ DRAIN_SECONDS = 0.1
 
 
 async def record(migration: IncomingMigration, directory: Path, max_bytes: int) -> None:
-    """Drains the ring until cancelled, and once more then. A disk that takes no more ends the trace, and nothing else."""
+    """Drains the ring until cancelled, and once more then. A disk that takes no more ends the trace, nothing else."""
     try:
         await _record(migration, directory / f"{migration.name}.gmtrace", max_bytes)
     except OSError as error:

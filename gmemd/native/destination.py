@@ -98,7 +98,7 @@ class Destination:
         """Who waits now, longest first."""
         out = ffi.new("struct gm_wait[]", lib.GM_MAX_WAITS)
         found = lib.gm_destination_waits(self.native, out, lib.GM_MAX_WAITS)
-        waits = [Wait(out[i].region, out[i].page, out[i].thread, out[i].since_ns, bool(out[i].vcpu)) for i in range(found)]
+        waits = [Wait(w.region, w.page, w.thread, w.since_ns, bool(w.vcpu)) for w in out[0:found]]
         return sorted(waits, key=lambda wait: wait.since_ns)
 
     def trace(self) -> tuple[bytes, int]:

@@ -55,8 +55,8 @@ TRAPS = {
 class Region:
     """One contiguous piece of guest memory.
 
-    `offset`, `size`, `page_size` and `bitmap_offset` in bytes; `gpa` is its guest physical address; `hva` where the VMM has mapped it,
-    0 at a source.
+    `offset`, `size`, `page_size` and `bitmap_offset` in bytes; `gpa` is its guest physical address; `hva` where the
+    VMM has mapped it, 0 at a source.
     `file` and `uffd` count the VMM's descriptors.
     """
 

@@ -24,7 +24,7 @@ def test_as_many_parameters() -> None:
 
 
 def test_what_comes_back() -> None:
-    kinds = {"void": "None", "primitive": "int", "enum": "int", "pointer": "CData"}
+    kinds = {"void": "None", "primitive": "int", "enum": "int", "pointer": "CData", "struct": "CData"}
     for name, node in FUNCTIONS.items():
         assert node.returns is not None
         result = ffi.typeof(getattr(lib, name)).result
