@@ -19,6 +19,7 @@ from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
 from gmemd_tools.demo.link import Link
+from gmemd_tools.demo.options import check
 from gmemd_tools.demo.plan import MIGRATION, Plan
 from gmemd_tools.demo.processes import open_stage
 
@@ -55,6 +56,7 @@ def _check(options: argparse.Namespace) -> list[Injection]:
         raise UsageError(f"--memory {options.memory}: {error}") from None
     if not 1 <= options.vcpus <= MAX_VCPUS:
         raise UsageError(f"--vcpus {options.vcpus}: 1 to {MAX_VCPUS}")
+    check(options)
     return parse(options.inject)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from gmemd.errors import UsageError
 from gmemd_tools.demo.inject import KINDS
 
 PATTERNS = ("sequential", "random", "strided", "hotset")
@@ -39,6 +40,16 @@ def add(command: argparse.ArgumentParser) -> None:
         metavar="FAULT[@PERCENT]",
         help=f"break something when so much of the memory has arrived (50): {', '.join(KINDS)}; may be repeated",
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what does not go together."""
+    userfault = options.slot == "guest_memfd"
+    if userfault and options.backing != "guest_memfd":
+        raise UsageError("--slot guest_memfd needs --backing guest_memfd")
+    for name in ("no-direct-map", "prefault"):
+        if getattr(options, name.replace("-", "_")) and not userfault:
+            raise UsageError(f"--{name} needs --slot guest_memfd")
 
 
 def usual(**wanted: object) -> argparse.Namespace:
