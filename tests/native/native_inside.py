@@ -24,6 +24,7 @@ NAMES = {
         "gm_mask_run",
     ],
     "histogram.h": ["gm_histogram_record"],
+    "source.h": ["gm_source_next"],
     "guard.h": ["gm_guarded_store", "gm_guarded_load"],
     "memory.h": ["gm_memory_find"],
     "install.h": [
@@ -60,7 +61,16 @@ inside: Any = ffi.dlopen(_native.__file__)
 
 def pointer(kind: str, native: Any) -> Any:
     """The same pointer for these functions that `gmemd.native` has: cffi keeps the types of two modules apart."""
-    return ffi.cast(kind, int(_native.ffi.cast("uintptr_t", native)))
+    return ffi.cast(kind, address(native))
+
+
+def address(native: Any) -> int:
+    return int(_native.ffi.cast("uintptr_t", native))
+
+
+def function(name: str) -> int:
+    """The address of one, for C code of a test."""
+    return int(ffi.cast("uintptr_t", ffi.addressof(inside, name)))
 
 
 def _native_of(destination: Destination) -> Any:

@@ -152,11 +152,17 @@ class Line:
     def feed(self, *data: bytes) -> None:
         """Sends to the lane, and has it deal with all of that."""
         sender = Task(self.far.send, b"".join(data))
-        while True:
-            sent = not sender.is_alive() and self.far.all_sent()
-            if not self.lane.receive(BUDGET_US) and sent:
-                break
+        while sender.is_alive():
+            self.lane.receive(BUDGET_US)
         sender.result()
+        self.deal()
+
+    def deal(self) -> None:
+        """Has the lane deal with all that was sent."""
+        while True:
+            sent = self.far.all_sent()
+            if not self.lane.receive(BUDGET_US) and sent:
+                return
 
     def close(self) -> None:
         self.lane.close()

@@ -12,13 +12,15 @@ from gmemd.errors import GmemdError, LinkError, ProtocolError
 from gmemd.native.memory import Populate
 
 ways = pytest.mark.parametrize("way", list(Populate))
+# Through the lane's buffer, and past it.
+both_paths = pytest.mark.parametrize("way", [Populate.WRITE, Populate.RECV])
 
 
 def contents(first: int, count: int) -> bytes:
     return b"".join(content(page) for page in range(first, first + count))
 
 
-@ways
+@both_paths
 @pytest.mark.parametrize("checksum", [True, False])
 def test_bytes_arrive_however_they_are_cut(way: Populate, checksum: bool, rng: random.Random) -> None:
     """Pieces of any size, also many frames at once: the lane looks at each only when it is whole."""
@@ -91,7 +93,7 @@ HOSTILE: dict[str, bytes] = {
 NOT_FRAMES: dict[str, bytes] = {"text": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "zeros": bytes(64)}
 
 
-@ways
+@both_paths
 @pytest.mark.parametrize("what", [*HOSTILE, *NOT_FRAMES])
 def test_a_hostile_frame_ends_its_lane_and_harms_nothing_else(way: Populate, what: str) -> None:
     """What came before it is in place, what comes behind it is not looked at, and another lane goes on."""
@@ -109,7 +111,7 @@ def test_a_hostile_frame_ends_its_lane_and_harms_nothing_else(way: Populate, wha
         assert (guest.read(1), guest.read(3)) == (content(1), content(3))
 
 
-@ways
+@both_paths
 def test_an_unusual_page_size_does_not_overrun_the_lane(way: Populate) -> None:
     """Regions of 16 KiB pages take one page a frame; more is refused before a byte of it is read."""
     with Guest((256, 4 * PAGE), populate=way) as guest:
@@ -133,7 +135,7 @@ def drain(line: Line) -> None:
         line.lane.receive(1000)
 
 
-@ways
+@both_paths
 @pytest.mark.parametrize("end", [0, 1, 31, 32, 33, 32 + PAGE, 32 + 2 * PAGE - 1])
 def test_a_frame_that_is_cut_off_is_not_installed(way: Populate, end: int) -> None:
     """The pages are still missing, and come by another lane."""
@@ -150,7 +152,7 @@ def test_a_frame_that_is_cut_off_is_not_installed(way: Populate, end: int) -> No
         assert guest.read(8) == content(8)
 
 
-@pytest.mark.parametrize("way", [Populate.WRITE, Populate.RECV])
+@both_paths
 def test_garbage_is_an_error_of_the_peer(way: Populate, rng: random.Random) -> None:
     """Frames with bytes changed, left out and put in: each stream ends in one of two errors, and in nothing worse."""
     seen: dict[type[BaseException] | None, int] = {}
@@ -199,7 +201,7 @@ def test_a_damaged_frame_is_asked_for_again_once(way: Populate) -> None:
         assert 20 not in guest.received()
 
 
-@ways
+@both_paths
 def test_a_damaged_frame_is_asked_for_by_the_next_urgent_lane(way: Populate) -> None:
     """With no urgent lane there is nobody to ask yet; that the pages are missing is not forgotten."""
     with Guest(populate=way) as guest, RunningPager() as pager, pager.serving(guest) as far:
@@ -209,7 +211,7 @@ def test_a_damaged_frame_is_asked_for_by_the_next_urgent_lane(way: Populate) -> 
         assert pager.serve(guest).requested() == (0, 7, 1)
 
 
-@ways
+@both_paths
 def test_a_damaged_header_ends_the_lane(way: Populate) -> None:
     """Where it says which pages came, nothing tells which they were: to ask for those would lose the true ones."""
     good = pages(0, 7, content(7))

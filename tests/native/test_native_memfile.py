@@ -37,6 +37,10 @@ def test_a_hugetlb_memfd_tells_its_page_size() -> None:
         fd = new_file(1, HUGE)
         try:
             assert kind(fd) == (lib.GM_HUGETLB, HUGE)
+            assert lib.gm_memfile_empty(fd, 0, HUGE) == 1
+            with mmap.mmap(fd, HUGE, mmap.MAP_SHARED) as mapped:
+                mapped[0] = 1
+            assert lib.gm_memfile_empty(fd, 0, HUGE) == 0
         finally:
             os.close(fd)
 
