@@ -4,7 +4,8 @@
 LAB_TESTS ?= tests --ignore=tests/test_packaging.py
 LAB_SHORT ?= tests/lab
 LAB_RUN := tools/lab/run -e GMEMD_LAB=1 -e HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
-LAB_PYTEST := $(BIN)/python -m pytest -p no:cacheprovider -q --tb=short
+# What hangs out there for 2 minutes may only be slow in here.
+LAB_PYTEST := $(BIN)/python -m pytest -p no:cacheprovider -o faulthandler_timeout=900 -q --tb=short
 
 # $(call in_lab,SECONDS,TESTS). Collecting on the host leaves the bytecode that the emulated CPU then need not make.
 in_lab = $(BIN)/python -m pytest --collect-only -q $(2) >/dev/null && $(LAB_RUN) -t $(1) -- $(LAB_PYTEST) $(2)
