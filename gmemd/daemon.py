@@ -128,6 +128,7 @@ class Daemon:
 
     def _unix(self, path: Path, kind: socket.SocketKind) -> socket.socket:
         config = self.config.daemon
+        group = _group_id(config.socket_group)
         sock = socket.socket(socket.AF_UNIX, kind)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,12 +138,9 @@ class Daemon:
                 sock.bind(str(path))
             finally:
                 os.umask(old_umask)
-            if config.socket_group:
-                os.chown(path, -1, grp.getgrnam(config.socket_group).gr_gid)
+            os.chown(path, -1, group)
             os.chmod(path, config.socket_mode)
             sock.listen(BACKLOG)
-        except KeyError:
-            raise ConfigError(f"socket_group = {config.socket_group!r}: no such group") from None
         except OSError as error:
             raise UnavailableError(f"cannot listen on {path}: {error.strerror or error}") from None
         return sock
@@ -197,6 +195,14 @@ class Daemon:
 def _name(listener: trio.socket.SocketType) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _group_id(name: str) -> int:
+    """-1 is no change."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else -1
+    except KeyError:
+        raise ConfigError(f"socket_group = {name!r}: no such group") from None
 
 
 def _remove_stale(path: Path, kind: socket.SocketKind) -> None:

@@ -168,4 +168,7 @@ def _state(answer: dict[str, Any], fds: Sequence[int]) -> bytes:
     size = os.fstat(fds[index]).st_size
     if size > MAX_STATE:
         raise HandoffError(f"a state of {size} bytes ({MAX_STATE} at most): sent by the VMM")
-    return os.pread(fds[index], size, 0)
+    try:
+        return handoff.content(fds[index])
+    except OSError as error:
+        raise HandoffError(f'"state" cannot be read: {error.strerror}: sent by the VMM') from None

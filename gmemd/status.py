@@ -123,6 +123,8 @@ def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
         raise UnavailableError(f"{path}: no daemon answers: {error.strerror or error}") from None
     except ValueError as error:
         raise DataError(f"{path}: not an answer of gmemd: {error}") from None
+    if not isinstance(answer, dict):
+        raise DataError(f"{path}: not an answer of gmemd: {shown(answer)}")
     if "error" in answer:
         raise UnavailableError(answer["error"])
-    return dict(answer)
+    return answer
