@@ -6,10 +6,11 @@ import struct
 
 import msgpack
 import pytest
+from support.connection import Connection, connect
 from support.daemon import DaemonProcess
 from support.neighbour import COUNT, REGIONS, Neighbour
 from support.polling import eventually
-from support.rawsource import Connection, RawSource
+from support.rawsource import RawSource
 from support.vmm import PAGE
 
 from gmemd.errors import LinkError
@@ -72,7 +73,7 @@ def test_wrong_first_bytes(daemon: DaemonProcess, connection: Connection, data: 
 @pytest.mark.parametrize("sent", [0, 1, 7, 8, 15, 16, 40])
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_breaks_off(daemon: DaemonProcess, sent: int, reset: bool) -> None:
-    connection = Connection(daemon.port)
+    connection = connect(daemon.port)
     connection.socket.sendall((wire.preamble() + wire.encode(HELLO))[:sent])
     if reset:
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)

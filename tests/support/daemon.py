@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,18 @@ socket = "{folder}/gmemd.sock"
 status_socket = "{folder}/status.sock"
 [network]
 listen = "127.0.0.1:0"
+"""
+
+
+# Becomes a daemon, with the descriptors whose numbers come first as 3, 4, ….
+HAND_IN = """
+import fcntl, os, sys
+at = sys.argv.index("--config")
+for place, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1:at]], 3):
+    os.dup2(fd, place)
+    os.close(fd)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(at - 1)}
+os.execv(sys.executable, [sys.executable, "-m", "gmemd.cli", "serve", *sys.argv[at:]])
 """
 
 
@@ -54,10 +66,10 @@ class DaemonProcess:
         folder: Path,
         settings: str = "",
         *,
-        arguments: Sequence[str] = (),
-        environ: Mapping[str, str] | None = None,
-        pass_fds: Sequence[int] = (),
+        handed: Mapping[str, int] | None = None,
     ) -> None:
+        """`handed`: listening sockets by name, as a service manager hands them in."""
+        handed = handed or {}
         self.folder = folder
         self.socket = folder / "gmemd.sock"
         self.status_socket = folder / "status.sock"
@@ -67,11 +79,11 @@ class DaemonProcess:
         self.manager = Manager(folder / "notify")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gmemd.cli", "serve", "--config", str(self.config), *arguments],
-                env=os.environ | {"NOTIFY_SOCKET": str(self.manager.path)} | dict(environ or {}),
+                [sys.executable, "-c", HAND_IN, *map(str, handed.values()), "--config", str(self.config)],
+                env=os.environ | {"NOTIFY_SOCKET": str(self.manager.path), "LISTEN_FDNAMES": ":".join(handed)},
                 stdin=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=pass_fds,
+                pass_fds=list(handed.values()),
             )
         try:
             eventually(lambda: "READY=1" in self.manager.told or self._ended())

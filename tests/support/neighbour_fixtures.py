@@ -12,10 +12,10 @@ from contextlib import suppress
 import pytest
 
 from gmemd.errors import UnavailableError
+from support.connection import Connection, connect
 from support.daemon import DaemonProcess
 from support.neighbour import COUNT, Neighbour
 from support.polling import eventually
-from support.rawsource import Connection
 from support.source import SourceProcess, guest_content
 from support.vmm import PAGE, Vmm
 
@@ -77,6 +77,6 @@ def vmm(request: pytest.FixtureRequest, daemon: DaemonProcess, name: str) -> Ite
 
 @pytest.fixture
 def connection(daemon: DaemonProcess) -> Iterator[Connection]:
-    connection = Connection(daemon.port)
+    connection = connect(daemon.port)
     yield connection
     connection.close()

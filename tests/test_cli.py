@@ -1,0 +1,202 @@
+"""The command lines: options that make no sense, exit codes, and one line for each error."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.polling import PATIENCE
+from support.vmm import PAGE
+
+from gmemd import cli, config, log, source_cli
+
+GMEMD, SOURCE = cli.main, source_cli.main
+
+
+class Told(NamedTuple):
+    """How a command ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    errors: str
+
+
+Run = Callable[..., Told]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(main, argument, …)` in this process."""
+    monkeypatch.setattr(log, "set_up", lambda *_: None)  # pytest's own handlers stay
+
+    def run(main: Callable[[list[str]], int], *arguments: str | Path) -> Told:
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return Told(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("dance",), "argument COMMAND: invalid choice: 'dance'"),
+        (("serve", "--port", "1"), "unrecognized arguments: --port 1"),
+        (("abandon",), "the following arguments are required: ID"),
+    ],
+)
+def test_gmemd_asked_wrongly(run: Run, arguments: Sequence[str], error: str) -> None:
+    told = run(GMEMD, *arguments)
+    assert (told.code, told.out) == (os.EX_USAGE, "")
+    assert error in told.errors
+
+
+BASE = ("127.0.0.1:1", "--migration", "m", "--file", "/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (BASE[:3], "one of the arguments --vmm --file is required"),
+        (("127.0.0.1:1", *BASE[3:]), "the following arguments are required: --migration"),
+        ((*BASE, "--vmm", "/x"), "argument --vmm: not allowed with argument --file"),
+        (("127.0.0.1:99999", *BASE[1:]), "127.0.0.1:99999: must be host:port"),
+        (("[::1:1", *BASE[1:]), "[::1:1: must be host:port"),
+        ((BASE[0], "--migration", "a/b", *BASE[3:]), "--migration 'a/b': 1 to 63 of letters, digits and -_."),
+        ((BASE[0], "--migration", "", *BASE[3:]), "--migration '': 1 to 63"),
+        ((*BASE, "--lanes", "0"), "--lanes 0: 1 to 15"),
+        ((*BASE, "--lanes", "16"), "--lanes 16: 1 to 15"),
+        ((*BASE, "--lanes", "x"), "argument --lanes: invalid int value: 'x'"),
+        ((*BASE, "--poll-us", "-1"), "--poll-us -1: 0 to 1000"),
+        ((*BASE, "--gpa", "-4096"), "--gpa -0x1000: 0 to 2^63 - 1"),
+        ((*BASE, "--gpa", "0x8000000000000000"), "--gpa 0x8000000000000000: 0 to 2^63 - 1"),
+        ((*BASE, "--rate", "fast"), "--rate fast: must be a size"),
+    ],
+)
+def test_gmemd_source_asked_wrongly(run: Run, arguments: Sequence[str], error: str) -> None:
+    told = run(SOURCE, *arguments)
+    assert (told.code, told.out) == (os.EX_USAGE, "")
+    assert error in told.errors
+    assert "Traceback" not in told.errors
+
+
+def write(path: Path, size: int) -> Path:
+    path.write_bytes(bytes(size))
+    return path
+
+
+def test_files_that_hold_no_memory(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    files = {
+        tmp_path / "nowhere": "No such file or directory",
+        tmp_path: "not a file that holds memory",
+        tmp_path / "fifo": "not a file that holds memory",
+        Path("/dev/zero"): "not a file that holds memory",
+        write(tmp_path / "empty", 0): "0 bytes, not whole pages of 4096",
+        write(tmp_path / "odd", PAGE + 1): "4097 bytes, not whole pages of 4096",
+    }
+    for path, error in files.items():
+        told = run(SOURCE, "127.0.0.1:1", "--migration", "m", "--file", path)
+        assert (told.code, told.out) == (os.EX_DATAERR, "")
+        assert told.errors == f"gmemd-source: {path}: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "error"),
+    [
+        ("127.0.0.1", r"127\.0\.0\.1:{port}: cannot connect: .*Connection refused"),
+        ("[::1]", r"::1:{port}: cannot connect: .*"),
+        ("nobody.invalid", r"nobody\.invalid:{port}: cannot connect: .*"),
+        ("a..b", r"a\.\.b:{port}: cannot connect: .*label empty or too long.*"),
+    ],
+)
+def test_nobody_listens(run: Run, tmp_path: Path, host: str, error: str) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))  # and never listens
+        port = sock.getsockname()[1]
+        path = write(tmp_path / "memory", PAGE)
+        told = run(SOURCE, f"{host}:{port}", "--migration", "m", "--file", path, "--patience", "0")
+    assert (told.code, told.out) == (os.EX_TEMPFAIL, "")
+    assert re.fullmatch("gmemd-source: " + error.format(port=port) + "\n", told.errors)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[network]\nlistne = '127.0.0.1:1'\n", "[network] listne: no such key; the nearest is listen in [network]"),
+        ("[netwrok]\n", "netwrok: no such table; the nearest is [network]"),
+        ("[network]\nlisten = 5\n", "[network] listen = 5: must be a string"),
+        ("[daemon]\nsocket_group = 'nobody-is-called-so'\n", "socket_group = 'nobody-is-called-so': no such group"),
+        ("x", "Expected '=' after a key"),
+    ],
+)
+def test_a_wrong_configuration(run: Run, tmp_path: Path, text: str, error: str) -> None:
+    path = tmp_path / "gmemd.toml"
+    sockets = f"socket = '{tmp_path}/a'\nstatus_socket = '{tmp_path}/b'\n"
+    path.write_text(text.replace("[daemon]\n", f"[daemon]\n{sockets}"))
+    told = run(GMEMD, "serve", "--config", path)
+    assert (told.code, told.out) == (os.EX_CONFIG, "")
+    assert error in told.errors
+    assert told.errors.startswith("gmemd: ")
+    assert told.errors.count("\n") == 1
+
+
+def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    told = run(GMEMD, "serve", "--config", tmp_path / "nowhere")
+    assert (told.code, told.errors) == (
+        os.EX_CONFIG,
+        f"gmemd: {tmp_path}/nowhere: No such file or directory\n",
+    )
+
+
+def test_the_configuration_in_effect_is_shown(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "gmemd.toml"
+    path.write_text("[network]\ndead_after = 2.5\n")
+    told = run(GMEMD, "serve", "--config", path, "--dump-config")
+    assert told.code == 0
+    assert config.parse(told.out) == config.load(path)
+
+
+@pytest.mark.parametrize("command", [("status",), ("status", "--json"), ("abandon", "m")])
+def test_no_daemon_answers(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    told = run(GMEMD, command[0], "--socket", tmp_path / "sock", *command[1:])
+    assert (told.code, told.out) == (os.EX_UNAVAILABLE, "")
+    assert told.errors == f"gmemd: {tmp_path}/sock: no daemon answers: No such file or directory\n"
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400\r\n", b"[]", b"7", b""])
+def test_something_else_answers(tmp_path: Path, answer: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        command = [sys.executable, "-m", "gmemd.cli", "status", "--socket", str(tmp_path / "sock")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = listener.accept()
+            with connection:
+                assert json.loads(connection.recv(4096)) == {"command": "status"}
+                connection.sendall(answer)
+            out, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (os.EX_DATAERR, "")
+    assert errors.startswith(f"gmemd: {tmp_path}/sock: not an answer of gmemd: ")
+
+
+@pytest.mark.parametrize("main", [GMEMD, SOURCE], ids=["gmemd", "gmemd-source"])
+def test_help_and_version(run: Run, main: Callable[[list[str]], int]) -> None:
+    assert run(main, "--help").code == 0
+    assert re.fullmatch(r"gmemd(-source)? \d+\.\d+\.\d+\n", run(main, "--version").out)
+
+
+def test_an_error_is_one_line_of_a_process_too() -> None:
+    command = [sys.executable, "-m", "gmemd.source_cli", "127.0.0.1:1", "--migration", "m", "--file", "/nowhere"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (told.returncode, told.stdout) == (os.EX_DATAERR, "")
+    assert told.stderr == "gmemd-source: /nowhere: No such file or directory\n"

@@ -1,0 +1,189 @@
+"""A daemon from outside: how it starts, what dies around it, how it ends."""
+
+import json
+import os
+import random
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.daemon import DaemonProcess
+from support.polling import PATIENCE, eventually
+from support.rawsource import RawSource
+from support.source import SourceProcess, guest_content
+from support.vmm import PAGE, Vmm
+
+COUNT = 64
+REGIONS = [[0, COUNT, 12]]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.fixture
+def content(tmp_path: Path, rng: random.Random) -> bytes:
+    content = guest_content(rng, COUNT)
+    (tmp_path / "memory").write_bytes(content)
+    return content
+
+
+class VmmProcess:
+    """A VMM with a process of its own, that has handed its memory over."""
+
+    def __init__(self, daemon: DaemonProcess, migration: str, size: int) -> None:
+        command = [sys.executable, "-m", "support.vmm", str(daemon.socket), migration, str(size)]
+        environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        self.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+        self.told()
+
+    def told(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_vmm_that_dies_takes_only_its_own(daemon: DaemonProcess, tmp_path: Path, content: bytes) -> None:
+    before = daemon.descriptors()
+    options = ("--no-background",)
+    with Vmm(len(content)) as neighbour:
+        neighbour.hand_off(daemon.socket, "neighbour")
+        doomed = VmmProcess(daemon, "doomed", len(content))
+        with (
+            SourceProcess(daemon.port, "neighbour", "--file", tmp_path / "memory", options=options) as other,
+            SourceProcess(daemon.port, "doomed", "--file", tmp_path / "memory", options=options) as source,
+        ):
+            assert doomed.told()["ready"] is True
+            doomed.kill()
+            code, _, errors = source.result()
+            assert (code, errors) == (
+                os.EX_UNAVAILABLE,
+                f"gmemd-source: 127.0.0.1:{daemon.port}: given up: the VMM has died\n",
+            )
+            assert daemon.ended("doomed")["phase"] == "abandoned"
+            neighbour.expect("ready")
+            assert neighbour.read(0, pages=COUNT) == content
+            neighbour.expect("done")
+            assert other.result().code == 0
+    eventually(lambda: daemon.descriptors() <= before)
+
+
+def test_a_vmm_that_dies_before_its_source_comes(daemon: DaemonProcess) -> None:
+    before = daemon.descriptors()
+    doomed = VmmProcess(daemon, "early", PAGE)
+    eventually(lambda: any(m["migration"] == "early" for m in daemon.status()["migrations"]))
+    doomed.kill()
+    assert daemon.ended("early")["phase"] == "abandoned"
+    eventually(lambda: daemon.descriptors() <= before)
+
+
+def test_sockets_are_for_a_group(daemon: DaemonProcess) -> None:
+    for path in (daemon.socket, daemon.status_socket):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
+def test_service_manager_is_told(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon, Vmm(PAGE) as vmm:
+        assert daemon.manager.told[0] == "READY=1"
+        eventually(lambda: "STATUS=0 migrations, 0 running, 0 pages missing" in daemon.manager.told)
+        with RawSource(daemon.port, "m", [[0, 1, 12]]) as source:
+            vmm.hand_off(daemon.socket, "m")
+            source.join().switch()
+            vmm.expect("ready")
+            eventually(lambda: "STATUS=1 migrations, 1 running, 1 pages missing" in daemon.manager.told)
+        assert daemon.stop() == 0
+        eventually(lambda: "STOPPING=1" in daemon.manager.told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_when_told(tmp_path: Path, content: bytes, number: signal.Signals) -> None:
+    """In the middle of a migration, too: its VMM sees the connection end, and nothing else."""
+    with DaemonProcess(tmp_path) as daemon, Vmm(len(content)) as vmm, RawSource(daemon.port, "m", REGIONS) as source:
+        vmm.hand_off(daemon.socket, "m")
+        source.join().switch()
+        vmm.expect("ready")
+        daemon.process.send_signal(number)
+        assert daemon.process.wait(PATIENCE) == 0
+        assert vmm.receive() == {}
+        assert "Traceback" not in daemon.log.read_text()
+        for kind, address in (
+            (socket.SOCK_SEQPACKET, daemon.socket),
+            (socket.SOCK_STREAM, daemon.status_socket),
+        ):
+            with socket.socket(socket.AF_UNIX, kind) as sock, pytest.raises(ConnectionRefusedError):
+                sock.connect(str(address))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", daemon.port))
+
+
+def test_it_stops_when_told_as_soon_as_it_is_ready(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        assert daemon.stop() == 0
+
+
+def test_a_second_daemon_is_refused(daemon: DaemonProcess) -> None:
+    command = [sys.executable, "-m", "gmemd.cli", "serve", "--config", str(daemon.config)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert run.returncode == os.EX_UNAVAILABLE
+    assert run.stderr == f"gmemd: {daemon.socket}: another daemon listens there\n"
+    assert daemon.status()["migrations"] == []
+
+
+def test_sockets_of_a_daemon_that_was_killed_are_replaced(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        pass
+    assert daemon.socket.is_socket()
+    with DaemonProcess(tmp_path) as daemon:
+        assert daemon.status()["migrations"] == []
+
+
+def test_sockets_that_the_service_manager_hands_in(tmp_path: Path, content: bytes) -> None:
+    """And keeps: whoever comes while there is no daemon waits for the next one."""
+    kinds: dict[str, tuple[socket.AddressFamily, socket.SocketKind, Any]] = {
+        "handoff": (socket.AF_UNIX, socket.SOCK_SEQPACKET, str(tmp_path / "gmemd.sock")),
+        "source": (socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
+        "status": (socket.AF_UNIX, socket.SOCK_STREAM, str(tmp_path / "status.sock")),
+    }
+    with ExitStack() as stack:
+        sockets = {}
+        for name, (family, kind, address) in kinds.items():
+            sockets[name] = stack.enter_context(socket.socket(family, kind))
+            sockets[name].bind(address)
+            sockets[name].listen()
+        handed = {name: sock.fileno() for name, sock in sockets.items()}
+        with DaemonProcess(tmp_path, handed=handed) as daemon:
+            assert daemon.port == sockets["source"].getsockname()[1]
+            assert daemon.stop() == 0
+        vmm = stack.enter_context(Vmm(len(content)))
+        vmm.hand_off(daemon.socket, "m")
+        source = stack.enter_context(SourceProcess(daemon.port, "m", "--file", tmp_path / "memory"))
+        with DaemonProcess(tmp_path, handed=handed) as daemon:
+            vmm.expect("ready")
+            assert vmm.read(0, pages=COUNT) == content
+            vmm.expect("done")
+            assert source.result().code == 0
+            assert daemon.stop() == 0
+
+
+def test_a_port_in_use(tmp_path: Path, daemon: DaemonProcess) -> None:
+    config = tmp_path / "gmemd.toml"
+    text = daemon.config.read_text().replace(str(daemon.folder), str(tmp_path))
+    config.write_text(text.replace("127.0.0.1:0", f"127.0.0.1:{daemon.port}"))
+    command = [sys.executable, "-m", "gmemd.cli", "serve", "--config", str(config)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert run.returncode == os.EX_UNAVAILABLE
+    assert f"cannot listen on 127.0.0.1:{daemon.port}: Address already in use" in run.stderr
