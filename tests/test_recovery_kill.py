@@ -1,6 +1,7 @@
 """The daemon dies at each point of an install, several times, while the guest writes to what it was given a moment ago.
 
-Every page of the guest says who wrote it last; a write that was undone, or a page taken for received too early, shows at the end.
+Every page of the guest says who wrote it last; a write that was undone, or a page taken for received too early, shows
+at the end.
 """
 
 import random
@@ -8,13 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.builds import build
+
+from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import open_stage
 from gmemd_tools.soak.run import empty_store, machine, sender_ended, until_known, verify
-from support.builds import build
-
-from gmemd.migrate.tasks import open_tasks
 
 POINTS = ("claimed", "half-populated", "populated", "marked", "continued")
 LIVES = 3

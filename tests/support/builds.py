@@ -11,6 +11,7 @@ TREE = Path(__file__).parents[2]
 def build(folder: Path, *flags: str) -> Path:
     """Builds the package with more compiler flags. Returns the folder in which it is found."""
     environ = os.environ | {"GMEMD_CFLAGS": " ".join(("-O1", *flags))}
-    command = [sys.executable, "setup.py", "--quiet", "build", f"--build-base={folder}", f"--build-lib={folder / 'lib'}"]
+    where = (f"--build-base={folder}", f"--build-lib={folder / 'lib'}")
+    command = [sys.executable, "setup.py", "--quiet", "build", *where]
     subprocess.run(command, cwd=TREE, env=environ, check=True, capture_output=True, timeout=120)
     return folder / "lib"

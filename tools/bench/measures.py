@@ -42,7 +42,7 @@ def bench(memory: int) -> Iterator[Bench]:
 
 def floor(b: Bench) -> Figures:
     """The least that a fault can take here, and the same with both processes asleep in between."""
-    figures = {}
+    figures: Figures = {}
     for threads in FLOOR_THREADS:
         for name, how in ("polling", ()), ("sleeping", ("--sleep",)):
             told = run("floor", "--memory", IDLE_MEMORY, "--source", b.content, "--random", "--touches", FAULTS,
@@ -53,7 +53,7 @@ def floor(b: Bench) -> Figures:
 
 def idle(b: Bench) -> Figures:
     """Faults with nothing else on the line."""
-    figures = {}
+    figures: Figures = {}
     for threads in THREADS:
         told = b.daemon.move(b.content, b.memory, "--random", "--touches", FAULTS, "--threads", threads,
                              source=("--no-background",))  # fmt: skip
@@ -64,7 +64,7 @@ def idle(b: Bench) -> Figures:
 
 def busy(b: Bench) -> Figures:
     """Whole migrations of a guest that touches as fast as it can."""
-    figures = {}
+    figures: Figures = {}
     for pattern, how in PATTERNS.items():
         told = b.daemon.move(b.content, b.memory, *how)
         total = told["source"]["duration_us"]
@@ -76,7 +76,7 @@ def busy(b: Bench) -> Figures:
 
 def peer(b: Bench) -> Figures:
     """The same in QEMU."""
-    figures = {}
+    figures: Figures = {}
     for pattern in PATTERNS:
         told = qemu.move(b.folder, b.memory, random=pattern == "random")
         figures[f"QEMU {pattern}: mean"] = told["wait_us"]
@@ -88,7 +88,7 @@ def peer(b: Bench) -> Figures:
 
 def lanes(b: Bench) -> Figures:
     """The background alone, beside plain streams."""
-    figures = {}
+    figures: Figures = {}
     for count in LANES:
         plain = run("stream", "--memory", b.memory, "--source", b.content, "--threads", count)
         figures |= _throughput(f"stream of {count}", b.memory, plain["duration_us"] / 1e6, plain)

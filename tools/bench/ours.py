@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
-
 from gmemd.status import ask
+from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
 
 BIN = Path(sys.executable).parent
 
