@@ -13,14 +13,14 @@ import trio
 
 from gmemd import holder, notify, status
 from gmemd.config import Config
-from gmemd.errors import ConfigError, UnavailableError
+from gmemd.errors import ConfigError, DataError, UnavailableError
 from gmemd.handoff import Descriptors
-from gmemd.keeping import Kept, sort_out
+from gmemd.keeping import Kept, sort_out, take_ends
 from gmemd.listen import take_descriptors
 from gmemd.migrate.link import LinkSettings
 from gmemd.native.destination import Pager
 from gmemd.populate import Chooser
-from gmemd.registry import Registry
+from gmemd.registry import Finished, Registry
 from gmemd.sources import SourceConnections
 from gmemd.vmms import Shared, VmmConnection
 
@@ -68,6 +68,8 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT."""
         listeners = self._listeners()
+        for record in take_ends(self._handed):
+            self._remember(record)
         kept = sort_out(self._handed, self.shared.store)
         self.registry.listen = _name(listeners[1][0])
         async with trio.open_nursery() as outer:
@@ -89,6 +91,13 @@ class Daemon:
                 self.notifier.stopping()
                 self.pager.stop()
         self.pager.close()
+
+    def _remember(self, record: bytes) -> None:
+        """How a migration ended under our predecessor."""
+        try:
+            self.registry.remember(Finished.read(record))
+        except DataError as error:
+            log.warning("kept descriptor: %s", error)
 
     async def _run_pager(self) -> None:
         """In a thread of its own, which is told when to end."""

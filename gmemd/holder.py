@@ -15,11 +15,14 @@ import sys
 from pathlib import Path
 
 from gmemd.errors import UnavailableError
+from gmemd.keeping import ENDED
 
 MAX_DATAGRAM = 4096
 MAX_DESCRIPTORS = 253  # the kernel's limit of one message
 END = b"FDEND=1"
 ANSWER_SECONDS = 5.0
+# How a migration ended is kept for a source that may still ask; without a daemon, only so long.
+LINGER_SECONDS = 60.0
 
 
 class Holder:
@@ -36,12 +39,20 @@ class Holder:
         """Until nobody needs us."""
         heard = False
         while not heard or self._kept or self._daemons:
-            for key, _ in self._selector.select():
+            ready = self._selector.select(None if self._needed else LINGER_SECONDS)
+            if not ready:
+                break
+            for key, _ in ready:
                 if key.fileobj is self._inbox:
                     heard = True
                     self._take()
                 else:
                     self._hang_up(key.fileobj)
+
+    @property
+    def _needed(self) -> bool:
+        """Whether there is a daemon, or a guest."""
+        return bool(self._daemons) or any(not name.startswith(f"{ENDED}.") for name in self._kept)
 
     def _take(self) -> None:
         data, fds, _, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)

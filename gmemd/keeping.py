@@ -10,6 +10,8 @@ from gmemd.notify import Notifier
 log = logging.getLogger(__name__)
 
 STATE, VMM, BLOB, DESCRIPTOR = "state", "vmm", "blob", "fd"
+# How it ended, for a source that has not heard it yet.
+ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,13 @@ class Keeper:
 
     def keep(self, what: str, fd: int) -> None:
         """Hands over one descriptor."""
-        name = f"{what}.{self._migration}"
-        self._store.store(name, [fd])
-        self._names.append(name)
+        self._store.store(f"{what}.{self._migration}", [fd])
+        if what != ENDED:
+            self._names.append(what)
 
     def keep_all(self, state: int, vmm: int, fds: Sequence[int]) -> None:
         """Hands over what every migration needs, the state last: without it, nothing is adopted."""
+        self.forget(ENDED)
         for index, fd in enumerate(fds):
             self.keep(f"{DESCRIPTOR}{index}", fd)
         self.keep(VMM, vmm)
@@ -47,22 +50,28 @@ class Keeper:
 
     def forget(self, what: str) -> None:
         """Has one let go."""
-        name = f"{what}.{self._migration}"
-        if name in self._names:
-            self._names.remove(name)
-            self._store.remove(name)
+        self._store.remove(f"{what}.{self._migration}")
 
-    def forget_all(self) -> None:
-        """Has everything let go: as long as it is kept, the guest's memory is."""
+    def forget_guest(self) -> None:
+        """Has everything let go but how it ended: as long as it is kept, the guest's memory is."""
         while self._names:
-            self._store.remove(self._names.pop())
+            self.forget(self._names.pop())
 
     def adopt(self, kept: Kept) -> None:
         """These are with the keeper already."""
-        self._names += [f"{DESCRIPTOR}{index}.{self._migration}" for index in range(len(kept.fds))]
-        self._names += [f"{VMM}.{self._migration}", f"{STATE}.{self._migration}"]
+        self._names += [*(f"{DESCRIPTOR}{index}" for index in range(len(kept.fds))), VMM, STATE]
         if kept.blob is not None:
-            self._names.append(f"{BLOB}.{self._migration}")
+            self._names.append(BLOB)
+
+
+def take_ends(stored: dict[str, list[int]]) -> list[bytes]:
+    """Takes out of what came back how migrations ended."""
+    ends = []
+    for name in [name for name in stored if name.partition(".")[0] == ENDED]:
+        for fd in stored.pop(name):
+            ends.append(os.pread(fd, os.fstat(fd).st_size, 0))
+            os.close(fd)
+    return ends
 
 
 def sort_out(stored: Mapping[str, list[int]], store: Notifier) -> list[Kept]:
@@ -78,7 +87,7 @@ def sort_out(stored: Mapping[str, list[int]], store: Notifier) -> list[Kept]:
 
 
 def _put_together(migration: str, parts: dict[str, int], store: Notifier) -> Kept | None:
-    fds = []
+    fds: list[int] = []
     rest = dict(parts)
     while (fd := rest.pop(f"{DESCRIPTOR}{len(fds)}", None)) is not None:
         fds.append(fd)

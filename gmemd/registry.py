@@ -1,15 +1,16 @@
 """The migrations of a daemon by name, and those who wait for one."""
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import trio
 
-from gmemd.errors import HandoffError
+from gmemd.errors import DataError, HandoffError
 from gmemd.migrate.destination import IncomingMigration, Phase
 
 # Migrations that are remembered after their end, for an operator who asks how it went.
@@ -27,6 +28,19 @@ class Finished:
     pages: int
     told: dict[str, Any]
     at: float = field(default_factory=time.monotonic)
+
+    def record(self) -> bytes:
+        """For a successor."""
+        return json.dumps(asdict(self) | {"token": self.token.hex()}).encode()
+
+    @classmethod
+    def read(cls, record: bytes) -> Self:
+        """DataError if it is none."""
+        try:
+            fields = json.loads(record)
+            return cls(**fields | {"token": bytes.fromhex(fields["token"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"not how a migration ended: {error}") from None
 
     @property
     def complete(self) -> bool:
@@ -51,6 +65,12 @@ class Registry:
 
     def __iter__(self) -> Iterator[IncomingMigration]:
         return iter(list(self._migrations.values()))
+
+    def remember(self, ended: Finished) -> Finished | None:
+        """Keeps in mind how one ended; returns the one that is forgotten for it."""
+        oldest = self.finished[0] if len(self.finished) == FINISHED else None
+        self.finished.append(ended)
+        return oldest
 
     def find_finished(self, name: str) -> Finished | None:
         """The latest of that name that has ended."""

@@ -14,7 +14,7 @@ from gmemd import guestmemory, handoff
 from gmemd.config import Config
 from gmemd.errors import GmemdError, HandoffError, KernelError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
-from gmemd.keeping import BLOB, Keeper, Kept
+from gmemd.keeping import BLOB, ENDED, Keeper, Kept
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.tasks import open_tasks
@@ -126,20 +126,27 @@ class VmmConnection:
                 tasks.stop()
         finally:
             if migration.ended.is_set():
-                keeper.forget_all()
-                told = snapshot(migration)
-                self.shared.registry.finished.append(
-                    Finished(
-                        migration.name,
-                        migration.phase.value,
-                        migration.epoch,
-                        migration.token,
-                        migration.memory.pages,
-                        told,
-                    )
-                )
+                self._remember(migration, keeper)
             with trio.CancelScope(shield=True):
-                await migration.close()
+                if await migration.close():
+                    keeper.forget(ENDED)
+
+    def _remember(self, migration: IncomingMigration, keeper: Keeper) -> None:
+        """What is kept of the guest is let go; how it ended is kept instead, until the source knows."""
+        ended = Finished(
+            migration.name,
+            migration.phase.value,
+            migration.epoch,
+            migration.token,
+            migration.memory.pages,
+            snapshot(migration),
+        )
+        if oldest := self.shared.registry.remember(ended):
+            Keeper(self.shared.store, oldest.name).forget(ENDED)
+        if ended.epoch:
+            with handoff.memory_file("gmemd-ended", ended.record()) as fd:
+                keeper.keep(ENDED, fd)
+        keeper.forget_guest()
 
     def _take_memory(self, asked: Handoff, fds: list[int]) -> Memory:
         """Checks what was handed over. Off the event loop: a large file takes a while to look at."""

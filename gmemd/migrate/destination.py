@@ -118,17 +118,19 @@ class IncomingMigration:
             await self.ended.wait()
             tasks.stop()
 
-    async def close(self) -> None:
-        """Frees what is left, after the session has ended."""
+    async def close(self) -> bool:
+        """Frees what is left, after the session has ended. Returns whether the source knows that all is complete."""
         self.ended.set()  # whoever waits for a place comes too late
-        if self.session:
+        heard = False
+        if session := self.session:
             if self.phase is Phase.COMPLETE:
-                await self.session.finish()
+                heard = await session.finish()
             gone = AbandonedError(self.why_abandoned) if self.phase is Phase.ABANDONED else None
-            await self.session.stop(gone)
+            await session.stop(gone)
         self.pager.remove(self.destination)
         self.destination.close()
         self.memory.close()
+        return heard
 
     async def serve_source(self, control: ControlLane, hello: wire.Hello) -> None:
         """Talks with a source until it goes, or until the migration ends. Raises what the connection ended with."""
@@ -198,10 +200,10 @@ class IncomingMigration:
             else:
                 await self._wait_for_place(session)
             self._check_epoch(hello)
-        if self.ended.is_set():
-            raise LinkError(f"migration {self.name} has just ended: {self.phase.value}")
 
     def _check_epoch(self, hello: wire.Hello) -> None:
+        if self.ended.is_set():  # and its memory may be gone already
+            raise LinkError(f"migration {self.name} has just ended: {self.phase.value}")
         if hello.epoch > self.epoch:
             raise RefusedError(f"epoch {hello.epoch} is in the future (now is {self.epoch}): sent by the source")
         if 0 < hello.epoch < self.epoch:

@@ -5,6 +5,7 @@ missing at the end, and sent again. Another session takes over from the received
 """
 
 import logging
+import os
 import secrets
 import time
 from contextlib import suppress
@@ -82,12 +83,15 @@ class Session:
             self._tasks.stop(error)
         await self.over.wait()
 
-    async def finish(self) -> None:
-        """Tells the source that nothing is missing."""
+    async def finish(self) -> bool:
+        """Tells the source that nothing is missing. Returns whether it has heard: then it hangs up."""
         with trio.move_on_after(self.migration.settings.dead_after), suppress(GmemdError):
             await self.control.send(wire.Complete(self.migration.memory.pages))
+            await self.over.wait()
+        heard = self.over.is_set()
         if self._tasks:
             self._tasks.stop()
+        return heard
 
     async def attach(self, hello: wire.LaneHello, messages: MessageStream) -> None:
         """Takes a page lane in, in place of one with the same number."""
@@ -204,15 +208,10 @@ class Session:
             self.migration.pager.beat(self.migration.destination)
             for number, lane in list(self.lanes.items()):
                 if number != URGENT and lane.welcome:
-                    await self._send_beat(lane)
+                    _send_beat(lane)
                 if lane.silent_for > settings.dead_after and not lane.scope.cancel_called:
                     self._lane_failed(number, LinkError(f"silent for {lane.silent_for:.1f} s"))
                     lane.scope.cancel()
-
-    async def _send_beat(self, lane: PageLane) -> None:
-        """A beat that does not fit now is not needed: much is on its way."""
-        with trio.move_on_after(0), suppress(OSError):
-            await lane.messages.take_socket().send(LANE_BEAT)
 
     async def _run_lane(self, number: int, lane: PageLane) -> None:
         try:
@@ -251,3 +250,9 @@ class Session:
         log.info("lane %d: %s", number, error, extra={"migration": self.migration.name})
         if isinstance(error, ProtocolError) and self._tasks:
             self._tasks.stop(error)
+
+
+def _send_beat(lane: PageLane) -> None:
+    """A beat that does not fit now is not needed: much is on its way."""
+    with suppress(OSError):
+        os.write(lane.messages.take_socket().fileno(), LANE_BEAT)

@@ -4,7 +4,7 @@
 
 bool gm_bitmap_test(const gm_word *bits, uint64_t index)
 {
-    return atomic_load_explicit(&bits[index / 64], memory_order_acquire) >> (index % 64) & 1;
+    return atomic_load(&bits[index / 64]) >> (index % 64) & 1;
 }
 
 uint64_t gm_bitmap_claim(gm_word *bits, uint64_t first, unsigned count)

@@ -296,18 +296,20 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
 
 int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t page)
 {
-    int error = 0;
+    int error = -EFAULT;
 
-    for (int i = 0; i < HOLE_ATTEMPTS; i++) {
+    for (int i = 0; i < HOLE_ATTEMPTS && error == -EFAULT; i++) {
         uint64_t done;
 
         error = gm_uffd_continue(r->uffd, r->hva + gm_bytes(r, page), gm_bytes(r, 1), gm_bytes(r, 1), &done);
-        if (error != -EFAULT)
-            break;
-        error = gm_memfile_zero(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
-        if (error)
-            break;
+        if (error == -EFAULT) {
+            int absent = gm_memfile_zero(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
+
+            error = absent ? absent : -EFAULT;
+        }
     }
+    if (error == -EFAULT)
+        error = -EAGAIN;
     vmm_gone(d, error);
     if (!error || error == -ENOENT || error == -ESRCH)
         gm_destination_end_waits(d, r, page, 1);

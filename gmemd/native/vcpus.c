@@ -18,7 +18,7 @@ _Static_assert(sizeof(struct message) == 16, "a message is 16 bytes");
 int gm_vcpus_take_untrusted(const struct gm_destination *d, struct gm_wait *wait, struct gm_region **region,
                             struct gm_problem *ret)
 {
-    struct message m;
+    struct message m = {0};
     ssize_t got = recv(d->vcpu_socket, &m, sizeof m, MSG_DONTWAIT | MSG_TRUNC);
     uint32_t vcpu = le32toh(m.vcpu);
     uint64_t gpa = le64toh(m.gpa);
