@@ -9,7 +9,7 @@ from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import Process, Stage
 
-READY_SECONDS = 30.0
+READY_SECONDS = 60.0  # Python starts in 5 s in an emulated machine, on a host that does nothing else
 # Longer than it takes both ends to find a stalled link dead.
 STALL_SECONDS = 2.0
 
@@ -40,7 +40,7 @@ class Cast:
                 while b"READY=1" not in await notify.recv(4096):
                     pass
                 return
-        raise UnavailableError("the daemon does not become ready")
+        raise UnavailableError(f"the daemon does not become ready: {self.daemon.last_words()}")
 
     async def start_source(self) -> None:
         """Starts the VMM that has the guest, and waits until the guest runs."""

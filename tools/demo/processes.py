@@ -61,8 +61,11 @@ class Process:
 
     async def _why_ended(self) -> str:
         code = await self.process.wait()
-        last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["(it said nothing)"]
-        return f"{self.name} ended with {code}: {last[0]}"
+        return f"{self.name} ended with {code}: {self.last_words()}"
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        return (self.log.read_text(errors="replace").strip().splitlines() or ["(it said nothing)"])[-1]
 
 
 class Stage:
