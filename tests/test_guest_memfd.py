@@ -4,9 +4,11 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from cffi import FFI
 from support.guest_memfd import moved, need, run_demo
 
 from gmemd import probe, status
@@ -17,6 +19,12 @@ from gmemd_tools.demo.processes import open_stage
 
 PAGE = 4096
 MEMORY = 16 << 20
+ffi = FFI()
+ffi.cdef("""
+struct iovec { void *iov_base; size_t iov_len; };
+ssize_t process_vm_readv(int, const struct iovec *, unsigned long, const struct iovec *, unsigned long, unsigned long);
+""")
+libc: Any = ffi.dlopen(None)
 MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-s .*kvm-gmem", re.MULTILINE)
 
 
@@ -57,13 +65,16 @@ def test_the_daemon_is_killed_while_vcpus_wait_for_it(more: list[str]) -> None:
 
 
 def read_all(pid: int, rng: random.Random) -> int:
-    """Reads guest memory through the mapping of its VMM, as KVM itself does now and then; returns how many pages."""
+    """Reads guest memory through the mapping of its VMM, as KVM itself does now and then; returns how many pages.
+    process_vm_readv() waits for the userfaultfd as the VMM's own threads do; /proc/PID/mem would fail instead."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     pages = [page for found in MAPPED.findall(maps) for page in range(int(found[0], 16), int(found[1], 16), PAGE)]
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for page in rng.sample(pages, len(pages)):
-            memory.seek(page)
-            assert len(memory.read(PAGE)) == PAGE
+    buffer = ffi.new("char[]", PAGE)
+    here, there = (ffi.new("struct iovec *", {"iov_len": PAGE}) for _ in range(2))
+    here.iov_base = buffer
+    for page in rng.sample(pages, len(pages)):
+        there.iov_base = ffi.cast("void *", page)
+        assert libc.process_vm_readv(pid, here, 1, there, 1, 0) == PAGE, os.strerror(ffi.errno)
     return len(pages)
 
 

@@ -1,7 +1,6 @@
 """guest_memfd out of the direct map: EEXIST says that a page has content, and not whose."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from native_frames import pages, zeros
@@ -12,15 +11,14 @@ from gmemd.native import check, lib
 from gmemd.native.memory import Populate
 
 PAGES = 64
-FLAGS = (
-    lib.GM_GUEST_MEMFD_MMAP | lib.GM_GUEST_MEMFD_INIT_SHARED | lib.GM_GUEST_MEMFD_NO_DIRECT_MAP | lib.GM_GUEST_MEMFD_WRITE
-)
+SHARED = lib.GM_GUEST_MEMFD_MMAP | lib.GM_GUEST_MEMFD_INIT_SHARED
+FLAGS = SHARED | lib.GM_GUEST_MEMFD_NO_DIRECT_MAP | lib.GM_GUEST_MEMFD_WRITE
 
 pytestmark = pytest.mark.lab
 
 
 @pytest.fixture
-def file() -> Iterator[int]:
+def file() -> int:
     """Pages 3 and 5 of it are populated, as a daemon leaves them that dies before it marks them; the guest owns it."""
     try:
         fd = check(lib.gm_memfile_guest_memfd, PAGES * PAGE, FLAGS)
@@ -30,7 +28,7 @@ def file() -> Iterator[int]:
         pytest.skip(str(error))
     for page in (3, 5):
         os.pwrite(fd, b"\xee" * PAGE, page * PAGE)
-    yield fd
+    return fd
 
 
 @pytest.mark.parametrize("populate", Populate)
