@@ -223,8 +223,8 @@ class IncomingMigration:
             if events.complete:
                 self._full.set()
             elif events.vmm_gone:
-                log.warning("the VMM is gone", extra={"migration": self.name})
-                self.report.link = "the VMM is gone"
+                log.warning("the VMM has died", extra={"migration": self.name})
+                self.report.link = "the VMM has died"
                 self.end(Phase.ABANDONED)
             if events.stuck or events.vmm_broken:
                 self._stuck(events.problem)
