@@ -6,9 +6,9 @@ Why it is made like this:
 - What the command writes comes over virtio ports and not over the console, so the kernel's own lines
   cannot get into it, nor a terminal's translation of line ends. Its status has a port, too: no status
   means that the kernel stopped first.
-- A kernel that patches its own code as it runs (CONFIG_JUMP_LABEL: any distribution's does, ours does not)
-  can hang when each emulated CPU has a thread: seen with QEMU 7.2, whose CPUs go on executing a breakpoint
-  that is gone from memory, each time a VM was made. Kernels with modules get one thread for all CPUs.
+- One thread emulates all CPUs. With one for each, a lock holder of the guest waits for a CPU of a busy host, and
+  a migration took 1.4 times as long; and QEMU 7.2 hung when a kernel patched its own code as it ran (Debian's do,
+  CONFIG_JUMP_LABEL), its CPUs executing a breakpoint that was gone from memory.
 - QEMU writes into pipes of ours and never opens the caller's own output, which it would truncate.
 - QEMU dies with us, however we die (PR_SET_PDEATHSIG), and reads its initramfs from a memfd: nothing is left.
 """
@@ -95,8 +95,7 @@ def arguments(machine: Machine, archive: int, pipes: Mapping[str, int]) -> list[
         return ["-virtfs", f"local,{where},security_model=none,multidevs=remap{mode}"]
 
     line = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    line += ["-accel", f"tcg,thread={'single' if machine.modules else 'multi'}", "-cpu", "max"]
-    line += ["-smp", str(machine.cpus), "-m", machine.memory]
+    line += ["-accel", "tcg,thread=single", "-cpu", "max", "-smp", str(machine.cpus), "-m", machine.memory]
     line += ["-kernel", str(machine.kernel), "-append", " ".join(KERNEL_ARGUMENTS)]
     line += ["-initrd", f"/proc/self/fd/{archive}"]
     for name, descriptor in pipes.items():
