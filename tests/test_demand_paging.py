@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import trio
 from support.recovery import Sender, filled, open_host
-from vmm_fixtures import FLAGS, SOURCES
+from vmm_build import FLAGS, SOURCES
 
 from gmemd import handoff
 from gmemd.native.destination import Destination, Lane, Pager

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from vmm_build import SOURCES, compile_vmm
 from vmm_play import Sockets, Vmm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-SOURCES = Path(__file__).parent.parent / "tools/vmm"
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread"]
-
-
-def compile_vmm(target: Path, *flags: str) -> Path:
-    sources = sorted(map(str, SOURCES.glob("*.c")))
-    subprocess.run(["cc", *FLAGS, *flags, *sources, "-o", str(target)], check=True)
-    return target
+    from pathlib import Path
 
 
 @pytest.fixture(scope="session")
