@@ -3,12 +3,17 @@
 import random
 import threading
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from native_inside import ffi, inside
+
+if TYPE_CHECKING:
+    from native_races import Races
+
+pytest_plugins = ["native_races"]
 
 # The same examples at each run, however long they take on a busy machine.
 steady = settings(deadline=None, derandomize=True)
@@ -120,6 +125,13 @@ def test_each_page_is_claimed_once(rng: random.Random) -> None:
     assert not problems
     assert inside.gm_bitmap_count(bits, pages) == sum(owned)
     assert set(owned) == {0, 1}
+
+
+def test_two_claims_at_the_same_time(races: "Races") -> None:
+    """Within nanoseconds of each other, over borders of words: each page goes to one of the two."""
+    pages = 1 << 20
+    bits = words(pages)
+    assert races.claim_together(bits, pages) == inside.gm_bitmap_count(bits, pages)
 
 
 def test_all_claims_together_are_all_pages() -> None:

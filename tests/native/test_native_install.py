@@ -1,10 +1,12 @@
 """Install: claim, populate, mark, continue. Once, in that order, and given back where it fails."""
 
 import errno
+import mmap
 import os
 import random
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from native_rig import (
     content,
     huge_pages,
     paged,
+    scratch,
     told,
     until,
 )
@@ -102,6 +105,33 @@ def test_readers_see_only_whole_pages(way: Populate, rng: random.Random) -> None
             reader.result()
 
 
+@contextmanager
+def mapped_state(guest: Guest) -> Iterator[mmap.mmap]:
+    fd = guest.memory.state_fd
+    with mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED) as state:
+        yield state
+
+
+def test_a_page_that_is_seen_is_marked() -> None:
+    """Received first, mapped then: whoever dies in between has not shown a page that would be asked for again. Frames
+    of many runs make that moment long; who waits for the first page looks at once whether it is received."""
+    count = 60 * 64
+    with Guest((count, PAGE)) as guest, paged(guest) as far, scratch(b"") as out, mapped_state(guest) as state:
+        line, received = guest.line(), len(state) - count // 8  # the bitmap ends the state
+
+        def look(page: int) -> bool:
+            with memoryview(guest.maps[0])[page * PAGE : page * PAGE + 8] as view:
+                os.pwrite(out, view, 0)
+            return bool(state[received + page // 8] >> page % 8 & 1)
+
+        for first in range(0, count, 64):
+            line.feed(*(pages(0, page, content(page)) for page in range(first + 1, first + 64, 2)))
+            reader = Task(look, first)
+            assert far.requested() == (0, first, 1)
+            line.feed(pages(0, first, contents(first, 64)))
+            assert reader.result(), f"page {first} was seen before it was marked"
+
+
 @ways
 def test_a_claim_is_given_back_when_populate_fails(way: Populate) -> None:
     """The pages are missing again, whatever half of them was written; the next copy is installed."""
@@ -117,6 +147,21 @@ def test_a_claim_is_given_back_when_populate_fails(way: Populate) -> None:
         again.finish()
         for page in range(2, 6):
             assert guest.read(page) == content(page)
+
+
+@ways
+def test_only_own_claims_are_given_back(way: Populate) -> None:
+    """A frame that fails had not claimed what was here before; that stays as the guest left it."""
+    with Guest(populate=way) as guest:
+        line = guest.line(2)
+        line.feed(pages(0, 5, content(5)))
+        guest.write(5, b"the guest's")
+        steps = install(guest, 4, 4)
+        assert steps.claimed == {4, 6, 7}
+        steps.give_up()
+        line.feed(pages(0, 4, contents(4, 4)))
+        assert guest.read(5)[:11] == b"the guest's"
+        assert [guest.read(page) for page in (4, 6, 7)] == [content(page) for page in (4, 6, 7)]
 
 
 def test_zeros_after_a_failed_populate_are_zeros() -> None:

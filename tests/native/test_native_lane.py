@@ -1,5 +1,6 @@
 """Lanes fed with raw bytes: good ones arrive however they are cut, bad ones end the lane and harm nothing else."""
 
+import gc
 import random
 import socket
 from dataclasses import replace
@@ -9,7 +10,8 @@ from native_frames import HEADER, PAGES, ZERO, Frame, beat, pages, zeros
 from native_rig import PAGE, Guest, Line, RunningPager, Task, content, paged, told, until
 
 from gmemd.errors import GmemdError, LinkError, ProtocolError
-from gmemd.native.memory import Populate
+from gmemd.native.destination import Destination, Lane
+from gmemd.native.memory import Memory, Populate
 
 ways = pytest.mark.parametrize("way", list(Populate))
 # Through the lane's buffer, and past it.
@@ -176,6 +178,20 @@ def test_garbage_is_an_error_of_the_peer(way: Populate, rng: random.Random) -> N
         assert set(seen) <= {ProtocolError, LinkError}
         for page in guest.received():
             assert guest.held(page) in (content(page), bytes(PAGE))
+
+
+def test_a_lane_keeps_what_it_installs_into() -> None:
+    """Invariant 8: the guest memory is not freed as long as a lane points to it, though nobody here remembers it."""
+    with Guest() as guest:
+        line = guest.line()
+        memory = Memory("other", guest.memory.regions, guest.files, guest.uffds)
+        memory.set_populate(0, Populate.COPY)
+        line.lane = Lane(Destination(memory), 1, line.near.fileno(), checksum=True)
+        del memory
+        gc.collect()
+        line.feed(pages(0, 7, content(7)))
+        assert guest.held(7) == content(7)
+        line.lane.close()
 
 
 def flip(data: bytes, bit: int) -> bytes:

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import socket
+import struct
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from native_frames import BEAT, REQUEST, pages, zeros
 from native_rig import (
     FEATURE_REMOVE,
+    FEATURE_THREAD_ID,
     PAGE,
     Far,
     Guest,
@@ -30,6 +32,7 @@ from gmemd.native.destination import Destination, Lane
 from gmemd.native.memory import Memory, Populate
 
 IDLE_SECONDS = 0.5
+RECORD = struct.Struct("<QQIHH")  # time, page, thread, region, flags
 
 
 def answer(far: Far, count: int) -> list[int]:
@@ -60,7 +63,7 @@ def test_threads_on_one_page_ask_once() -> None:
 
 def test_who_waits_is_told() -> None:
     """Page, thread and how long, longest first; the latency is recorded when the wait ends."""
-    with Guest((8, PAGE), (8, PAGE), features=1 << 8) as guest, paged(guest) as far:
+    with Guest((8, PAGE), (8, PAGE), features=FEATURE_THREAD_ID) as guest, paged(guest) as far:
         before = time.monotonic_ns()
         first = Task(guest.read, 3, 1)
         far.requested()
@@ -170,6 +173,24 @@ def held_up(guest: Guest, page: int) -> bool:
     """Whether an event waits to be read."""
     done = ffi.new("uint64_t *")
     return bool(lib.gm_uffd_continue(guest.uffds[0], guest.hva(page), PAGE, PAGE, done) == -errno.EAGAIN)
+
+
+def test_a_page_that_could_not_be_mapped_for_an_event_is_mapped_after_it() -> None:
+    """EAGAIN: received, and not mapped, until the event is read; whoever waits for the page goes on then."""
+    with Guest(features=FEATURE_REMOVE) as guest, RunningPager() as running:
+        with running.serving(guest) as far:
+            readers = [Task(guest.read, page) for page in range(8)]
+            for _ in readers:
+                far.requested()
+        balloon = Task(guest.remove, 40)
+        until(lambda: held_up(guest, 41))
+        guest.line().feed(pages(0, 0, b"".join(content(page) for page in range(8))))
+        assert guest.received() == set(range(8))
+        assert all(reader.is_alive() for reader in readers)
+        with running.serving(guest):
+            balloon.result()
+            for page, reader in enumerate(readers):
+                assert reader.result() == content(page)
 
 
 def test_requests_that_find_no_room_are_made_up_for() -> None:
@@ -306,6 +327,30 @@ def test_several_userfaultfds_of_a_migration() -> None:
         answer(far, 12)
         for region, reader in enumerate(readers):
             assert reader.result() == content(2, region)
+
+
+def test_faults_are_traced() -> None:
+    """Each with its page, its thread, and what kind it was; in the order in which they were read."""
+    with Guest((8, PAGE), (8, PAGE), features=FEATURE_THREAD_ID, trace=True) as guest, paged(guest) as far:
+        os.pwrite(guest.files[1], bytes(PAGE), 6 * PAGE)
+        began = time.monotonic_ns()
+        tasks = []
+        for work in ((guest.read, 5, 0), (guest.read, 6, 1), (guest.write, 7, b"x", 1)):
+            tasks.append(Task(*work))
+            region, page, _ = far.requested()
+            far.send(pages(region, page, content(page, region)))
+            tasks[-1].result()
+        data, lost = guest.destination.trace()
+        found = list(RECORD.iter_unpack(data))
+        assert [record[1:] for record in found] == [
+            (5, tasks[0].native_id, 0, 0),
+            (6, tasks[1].native_id, 1, lib.GM_TRACE_MINOR),
+            (7, tasks[2].native_id, 1, lib.GM_TRACE_WRITE),
+        ]
+        times = [began, *(record[0] for record in found), time.monotonic_ns()]
+        assert times == sorted(times)
+        assert lost == 0
+        assert guest.destination.trace() == (b"", 0)
 
 
 def test_a_fault_outside_every_region_is_told() -> None:

@@ -4,26 +4,29 @@ import mmap
 import os
 import random
 import socket
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
-from cffi import FFI
 from native_frames import BEAT, PAGES, REQUEST, ZERO, Frame, beat, request
-from native_inside import address, function
+from native_inside import address
 from native_rig import HUGE, PAGE, PATIENCE, Far, Task, address_of, content, huge_pages, new_file, tcp_pair, until
 
 from gmemd.errors import HandoffError, LinkError, ProtocolError
 from gmemd.native import check, lib
 from gmemd.native.memory import Memory, Region
 from gmemd.native.source import Push, PushState, Server, Source
+
+if TYPE_CHECKING:
+    from native_races import Races
+
+pytest_plugins = ["native_races"]
 
 BUDGET_US = 50_000
 BATCH = 4096  # holes fetched a call
@@ -321,31 +324,15 @@ def test_the_background_sends_every_page_once(rng: random.Random) -> None:
         assert host.source.counters()["background_pages"] == len(sent)
 
 
-def test_a_page_taken_from_the_middle_of_a_frame_costs_no_other(
-    require_command: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_a_page_taken_from_the_middle_of_a_frame_costs_no_other(races: "Races") -> None:
     """The urgent lane takes it just while the background takes those around it: these go all the same, each once."""
     count = 1 << 17
-    library = tmp_path / "take_middle.so"
-    code = Path(__file__).with_name("take_middle.c")
-    subprocess.run([require_command("cc"), "-O2", "-shared", "-fPIC", "-pthread", code, "-o", library], check=True)
-    ffi = FFI()
-    ffi.cdef("""struct race { void *source, *next, *set; uint64_t *claimed; uint64_t pages, ready, done; };
-                int take_middle(struct race *, uint8_t *sent);""")
-    compiled: Any = ffi.dlopen(str(library))
     with Host((count, PAGE)) as host:
         state_size = os.fstat(host.memory.state_fd).st_size
         with mmap.mmap(host.memory.state_fd, state_size, mmap.MAP_SHARED) as state:
             at = state_size - 2 * count // 8  # two bitmaps end the state, this one first
             state[at : at + count // 8] = bytes([0b11100011]) * (count // 8)
-            race: Any = ffi.new("struct race *")
-            race.source = ffi.cast("void *", address(host.source.native))
-            race.next, race.set = (ffi.cast("void *", function(name)) for name in ("gm_source_next", "gm_bitmap_set"))
-            race.claimed = ffi.cast("uint64_t *", address_of(state) + at)
-            race.pages = count
-            sent = ffi.new("uint8_t[]", count)
-            assert Task(compiled.take_middle, race, sent).result() == 0
-        times = bytes(ffi.buffer(sent))
+            times = races.take_middle(address_of(state) + at, count, address(host.source.native))
         assert set(times[2::8]) == set(times[4::8]) == {1}
         assert not any(times[i::8].strip(b"\0") for i in (0, 1, 5, 6, 7))
 
