@@ -73,7 +73,8 @@ def serve_here(listener: socket.socket, content: int, ahead: int) -> None:
     with ExitStack() as stack:
         vmm = stack.enter_context(listener.accept()[0])
         data, fds, _, _ = socket.recv_fds(vmm, handoff.MAX_MESSAGE, handoff.MAX_DESCRIPTORS)
-        stack.callback(lambda: [socket.close(fd) for fd in fds])
+        for fd in fds:
+            stack.callback(os.close, fd)
         asked = handoff.receive_untrusted(handoff.parse_untrusted(data), len(fds))
         memory = stack.enter_context(closing(Memory("demand", asked.regions, fds, fds)))
         memory.set_populate(0, Populate.WRITE)

@@ -70,6 +70,8 @@ def read_all(pid: int, rng: random.Random) -> int:
     maps = Path(f"/proc/{pid}/maps").read_text()
     pages = [page for found in MAPPED.findall(maps) for page in range(int(found[0], 16), int(found[1], 16), PAGE)]
     buffer = ffi.new("char[]", PAGE)
+    here: Any
+    there: Any
     here, there = (ffi.new("struct iovec *", {"iov_len": PAGE}) for _ in range(2))
     here.iov_base = buffer
     for page in rng.sample(pages, len(pages)):
