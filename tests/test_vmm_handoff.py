@@ -256,6 +256,9 @@ def test_what_is_not_json_is_refused(start: Callable[..., Vmm], sockets: Sockets
         (["source", "--listen", "x", "extra"], "extra"),
         (["source", "--listen", "x" * 200], "too long"),
         (["destination", "--gmemd", "x", "--migration", "m", "--seed", "2"], "--seed is for the source"),
+        (["source", "--listen", "x", "--slot", "guest_memfd"], "--slot guest_memfd needs --backing guest_memfd"),
+        (["source", "--listen", "x", "--no-direct-map"], "--no-direct-map needs --slot guest_memfd"),
+        (["source", "--listen", "x", "--prefault"], "--prefault is for a destination with --slot guest_memfd"),
     ],
 )
 def test_usage_errors(start: Callable[..., Vmm], arguments: list[str], message: str) -> None:
