@@ -84,6 +84,10 @@ bench: $(INSTALLED) ## measurements beside the floor and the peers (ARGS=--quick
 dist: $(INSTALLED) ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
+.PHONY: test-timing
+test-timing: $(INSTALLED) ## what compares rates, and so needs a host with nothing else to do
+	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py $(ARGS)
+
 .PHONY: clean
 clean: ## removes all that was made here
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
