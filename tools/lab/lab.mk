@@ -3,6 +3,7 @@
 # Packaging does not depend on the kernel, and compiling is slow in there.
 LAB_TESTS ?= tests --ignore=tests/test_packaging.py
 LAB_SHORT ?= tests/lab
+LAB_SECONDS ?= 7200
 LAB_RUN := tools/lab/run -e GMEMD_LAB=1 -e HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 # What hangs out there for 2 minutes may only be slow in here.
 LAB_PYTEST := $(BIN)/python -m pytest -p no:cacheprovider -o faulthandler_timeout=900 -q --tb=short
@@ -17,7 +18,7 @@ lab-kernel: ## the lab kernel, build/lab/bzImage, from Debian's source (11 minut
 .PHONY: lab-test
 lab-test: $(INSTALLED) ## the tests under the lab kernel (ARGS=)
 	@tools/lab/need
-	@$(call in_lab,3600,$(LAB_TESTS) $(ARGS))
+	@$(call in_lab,$(LAB_SECONDS),$(LAB_TESTS) $(ARGS))
 
 # 69: there is no QEMU or no kernel here, and it was said.
 .PHONY: lab-short
