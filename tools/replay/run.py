@@ -144,7 +144,7 @@ class Replay:
             f"--migration={MIGRATION}",
             f"--vmm={self.directory / SOURCE_SOCKET}",
             "--json",
-            *(["--no-background"] if self.setup.on_demand else []),
+            *(["--no-background", "--ahead=0"] if self.setup.on_demand else []),
             *self.setup.source_arguments,
         ]
         return await stage.start("source", command)
