@@ -34,10 +34,10 @@ def check_received(regions: Sequence[Region], fds: Sequence[int], limit: int) ->
                 f"region {index}: its memory file holds data already; it must be untouched: sent by the VMM"
             )
         _check_shared(index, region, fds[region.file])
-    identities = [os.fstat(fd).st_ino for fd in fds]
+    files = [(found.st_dev, found.st_ino) for found in map(os.fstat, fds)]
     _check_apart("guest physical addresses", [(0, r.gpa, r.size) for r in regions])
     _check_apart("host addresses", [(r.uffd, r.hva, r.size) for r in regions])
-    _check_apart("parts of one memory file", [(identities[r.file], r.offset, r.size) for r in regions])
+    _check_apart("parts of one memory file", [(files.index(files[r.file]), r.offset, r.size) for r in regions])
 
 
 def check_faults(fd: int) -> None:

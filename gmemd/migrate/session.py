@@ -123,7 +123,7 @@ class Session:
         if not self._all_there.is_set():
             missing = sorted(self._expected - self.lanes.keys())
             raise LinkError(f"{self.control.messages.address}: lanes {missing} did not come")
-        if migration.memory.received == migration.memory.pages:
+        if migration.switched and migration.memory.received == migration.memory.pages:
             await self.finish()
         else:
             await self._ask_for_the_rest()
