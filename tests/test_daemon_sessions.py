@@ -96,6 +96,26 @@ def switch_before_go(source: RawSource) -> None:
     source.control.send(wire.Switch(0))
 
 
+def test_a_source_that_missed_the_end_is_told_it(daemon: DaemonProcess, vmm: Vmm, name: str) -> None:
+    """Only that one: the name, and even the epoch, may be those of another guest by now."""
+    with RawSource(daemon.port, name, REGIONS) as source:
+        source.join().switch()
+        vmm.expect("ready")
+        source.control.close()
+        source.background.socket.sendall(frame(PAGES, 0, 0, COUNT, b"x" * COUNT * PAGE))
+        vmm.expect("done")
+    epoch, token = source.welcome.epoch, source.welcome.token
+    daemon.ended(name)
+    with RawSource(daemon.port, name, REGIONS, epoch=epoch, token=token) as again:
+        again.control.send(again.hello)
+        assert again.control.receive() == wire.Complete(COUNT)
+    for wrong_epoch, wrong_token in ((epoch + 1, token), (epoch, bytes(16)), (0, b"")):
+        with RawSource(daemon.port, name, REGIONS, epoch=wrong_epoch, token=wrong_token) as other:
+            other.control.send(other.hello)
+            why = other.control.expect(wire.Refused).why
+            assert re.fullmatch(rf"migration {name} ended here \d s ago: complete", why)
+
+
 WRONG_WORDS: dict[str, tuple[Callable[[RawSource], None], str]] = {
     "switch before go": (switch_before_go, "switch while joining"),
     "zeros before the switch": (

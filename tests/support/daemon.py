@@ -101,7 +101,9 @@ class DaemonProcess:
 
     def migration(self, name: str) -> dict[str, Any]:
         """What it tells of one migration that has not ended."""
-        return next(m for m in self.status()["migrations"] if m["migration"] == name)
+        found = [m for m in self.status()["migrations"] if m["migration"] == name]
+        assert found, f"there is no migration {name}"
+        return dict(found[0])
 
     def ended(self, name: str) -> dict[str, Any]:
         """What it tells of one that has, once it has."""

@@ -17,11 +17,20 @@ from support.polling import PATIENCE
 PAGE = 4096
 MAX_MESSAGE = 128 * 1024
 MAP_NORESERVE = 0x4000
+MAP_FIXED = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _map(address: int | None, size: int, fd: int) -> int:
+    """Maps a file, at a certain address over what is there."""
+    flags = mmap.MAP_SHARED | MAP_NORESERVE | (MAP_FIXED if address else 0)
+    mapped = _libc.mmap(address, size, mmap.PROT_READ, flags, fd, 0)
+    assert mapped not in (None, 2**64 - 1), os.strerror(ctypes.get_errno())
+    return int(mapped)
 
 
 class Touch(threading.Thread):
@@ -55,11 +64,11 @@ class Vmm:
             fd = os.memfd_create("guest")
             os.truncate(fd, size)
             self.files.append(fd)
-            flags = mmap.MAP_SHARED | MAP_NORESERVE
-            self.addresses.append(_libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0))
+            self.addresses.append(_map(None, size, fd))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(PATIENCE)
         self.received: list[int] = []  # descriptors
+        self._touches: list[Touch] = []
 
     @property
     def regions(self) -> list[dict[str, int]]:
@@ -99,22 +108,29 @@ class Vmm:
         return os.pread(self.received[-1], 1 << 20, 0)
 
     def touch(self, page: int, *, region: int = 0, pages: int = 1) -> Touch:
-        return Touch(self.addresses[region] + page * PAGE, pages * PAGE)
+        self._touches = [touch for touch in self._touches if touch.is_alive()]
+        self._touches.append(Touch(self.addresses[region] + page * PAGE, pages * PAGE))
+        return self._touches[-1]
 
     def read(self, page: int, *, region: int = 0, pages: int = 1) -> bytes:
         """As a vCPU does."""
         return self.touch(page, region=region, pages=pages).result()
+
+    def map_over(self, fd: int, region: int = 0) -> None:
+        """Maps another file in place of a region."""
+        _map(self.addresses[region], self.sizes[region], fd)
 
     def content(self, region: int = 0) -> bytes:
         """All of a region, without touching what is not there."""
         return os.pread(self.files[region], self.sizes[region], 0)
 
     def close(self) -> None:
-        """The userfaultfd goes first: then nobody waits any more."""
+        """Memory that somebody still waits for, in a test that has failed, stays mapped."""
         os.close(self.uffd)
         self.socket.close()
-        for address, size in zip(self.addresses, self.sizes, strict=True):
-            _libc.munmap(address, size)
+        if not any(touch.is_alive() for touch in self._touches):
+            for address, size in zip(self.addresses, self.sizes, strict=True):
+                _libc.munmap(address, size)
         for fd in self.files + self.received:
             os.close(fd)
 

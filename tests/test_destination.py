@@ -1,0 +1,259 @@
+"""A migration at its destination, in this process: what only happens when two things come at the same moment."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, suppress
+from typing import BinaryIO
+
+import pytest
+import trio
+from support.vmm import PAGE, Vmm
+
+from gmemd.errors import LinkError
+from gmemd.migrate import wire
+from gmemd.migrate.destination import IncomingMigration, Phase
+from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, connect
+from gmemd.migrate.state import Role
+from gmemd.native.destination import Pager
+from gmemd.native.memory import Memory, Populate, Region
+from gmemd.registry import Registry
+from gmemd.sources import SourceConnections
+
+COUNT = 8
+REGIONS = [[0, COUNT, 12]]
+SETTINGS = LinkSettings(heartbeat=0.05, dead_after=0.3, handshake_timeout=5.0)
+
+
+class Host:
+    """What a daemon has, with one migration in it."""
+
+    def __init__(self, vmm: Vmm) -> None:
+        self.vmm = vmm
+        self.pager = Pager(0)
+        self.registry = Registry(4)
+        self.sources = SourceConnections(self.registry, SETTINGS, 16)
+        self.port = 0
+        region = Region(offset=0, size=COUNT * PAGE, page_size=PAGE, gpa=0, hva=vmm.addresses[0])
+        memory = Memory("m", [region], vmm.files, [vmm.uffd])
+        memory.set_populate(0, Populate.WRITE)
+        self.migration = IncomingMigration(
+            "m",
+            memory,
+            self.pager,
+            SETTINGS,
+            trio.CapacityLimiter(2),
+            state_limit=1000,
+            keep_state=lambda _: None,
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, self.pager.run)
+                try:
+                    self.migration.start()
+                    nursery.start_soon(self.migration.run)
+                    await self._accept(nursery, task_status)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self.migration.close()
+                    self.pager.stop()
+        finally:
+            self.pager.close()
+
+    async def _accept(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
+            self.port = listener.socket.getsockname()[1]
+            task_status.started()
+            while True:
+                nursery.start_soon(self.sources.serve, await listener.accept())
+
+    async def vmm_comes(self) -> None:
+        await self.registry.add(self.migration)
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[Host]:
+    with Vmm(COUNT * PAGE) as vmm:
+        host = Host(vmm)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(host.run)
+            yield host
+            nursery.cancel_scope.cancel()
+
+
+class Source:
+    """A source that says that it is alive, and what else it is told to say."""
+
+    def __init__(self, host: Host, stack: AsyncExitStack) -> None:
+        self.host = host
+        self._stack = stack
+
+    async def hello(self, epoch: int = 0, token: bytes = b"") -> None:
+        messages = await connect("127.0.0.1", self.host.port, 1.0)
+        await self._stack.enter_async_context(messages.stream)
+        self.control = ControlLane(messages, Role.SOURCE)
+        await self.control.send(wire.Hello("m", epoch, token, 1, False, REGIONS))
+
+    async def answer(self) -> wire.Message:
+        """The first message that is more than a sign of life."""
+        while isinstance(message := await self.control.receive(), wire.Waiting | wire.Beat):
+            pass
+        if isinstance(message, wire.Welcome):
+            self.welcome = message
+        return message
+
+    async def lane(self, number: int) -> MessageStream:
+        """A page lane that has been taken in."""
+        messages = await connect("127.0.0.1", self.host.port, 1.0)
+        await self._stack.enter_async_context(messages.stream)
+        await messages.send(wire.LaneHello("m", self.welcome.epoch, number, self.welcome.token))
+        assert await messages.receive() == wire.LaneWelcome()
+        return messages
+
+    async def live(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.control.send(wire.Beat())
+            await trio.sleep(SETTINGS.heartbeat)
+
+
+@pytest.fixture
+def no_memory() -> Iterator[BinaryIO]:
+    """A file that no userfaultfd handles."""
+    with open(__file__, "rb") as file:
+        yield file
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """Of connections."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def joined(host: Host, stack: AsyncExitStack, nursery: trio.Nursery) -> Source:
+    """A source that has come as far as "go"."""
+    source = Source(host, stack)
+    await source.hello()
+    assert isinstance(await source.answer(), wire.Welcome)
+    nursery.start_soon(source.live)
+    await source.lane(0)
+    await source.lane(1)
+    while (answer := await source.answer()) != wire.Go():
+        assert isinstance(answer, wire.Received)
+    return source
+
+
+async def test_a_source_that_waited_for_long_is_not_taken_for_silent(
+    host: Host, stack: AsyncExitStack, nursery: trio.Nursery
+) -> None:
+    source = Source(host, stack)
+    await source.hello()
+    for _ in range(int(2 * SETTINGS.dead_after / SETTINGS.heartbeat)):
+        assert await source.control.receive() == wire.Waiting()
+    await host.vmm_comes()
+    assert isinstance(await source.answer(), wire.Welcome)
+    nursery.start_soon(source.live)
+    for _ in range(4):
+        assert await source.control.receive() == wire.Beat()
+    assert host.migration.epoch == 1
+
+
+async def test_of_two_that_wait_for_a_place_one_gets_it(
+    host: Host, stack: AsyncExitStack, nursery: trio.Nursery, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("WARNING gmemd.sources: .*: refused: migration m has a source already: ")
+    await host.vmm_comes()
+    dying = Source(host, stack)
+    await dying.hello()
+    assert isinstance(await dying.answer(), wire.Welcome)
+    answers: list[wire.Message] = []
+
+    async def come() -> None:
+        source = Source(host, stack)
+        await source.hello()
+        answers.append(await source.answer())
+        if isinstance(answers[-1], wire.Welcome):
+            nursery.start_soon(source.live)
+
+    async with trio.open_nursery() as both:
+        both.start_soon(come)
+        both.start_soon(come)
+    assert sorted(type(answer).__name__ for answer in answers) == ["Refused", "Welcome"]
+    assert host.migration.epoch == 2
+    assert host.migration.session
+
+
+async def test_of_two_lanes_with_one_number_the_last_stays(
+    host: Host, stack: AsyncExitStack, nursery: trio.Nursery
+) -> None:
+    """Each has a slot in the state of the migration, which two would share."""
+    await host.vmm_comes()
+    source = await joined(host, stack, nursery)
+    session = host.migration.session
+    assert session
+    lanes: list[MessageStream] = []
+
+    async def come() -> None:
+        with suppress(LinkError):  # replaced before it was welcome
+            lanes.append(await source.lane(1))
+
+    async with trio.open_nursery() as all_of_them:
+        for _ in range(5):
+            all_of_them.start_soon(come)
+    assert len([lane for lane in lanes if await lane.stream.receive_some()]) == 1  # the others are closed
+    assert session.lanes.keys() == {0, 1}
+    assert host.migration.session is session
+
+
+async def test_memory_without_its_guest_is_not_complete(
+    host: Host, stack: AsyncExitStack, nursery: trio.Nursery
+) -> None:
+    """A VMM that has discarded everything beforehand, or a source that has nothing but zeros."""
+    await host.vmm_comes()
+    host.migration.destination.discard(0, 0, COUNT)
+    source = await joined(host, stack, nursery)
+    assert host.migration.memory.received == COUNT
+    for _ in range(3):
+        assert await source.control.receive() == wire.Beat()
+    assert not host.migration.ended.is_set()
+    await source.control.send(wire.State(b"state"))
+    await source.control.send(wire.Switch(5))
+    await host.migration.ended.wait()
+    assert host.migration.phase is Phase.COMPLETE
+    assert host.migration.state == b"state"
+
+
+async def test_ranges_that_cannot_be_let_go_are_tried_again(
+    host: Host,
+    stack: AsyncExitStack,
+    nursery: trio.Nursery,
+    no_memory: BinaryIO,
+    expect_log: Callable[[str], None],
+) -> None:
+    """A VMM that has mapped something else there, or dies at this very moment."""
+    expect_log("ERROR gmemd.migrate.destination: region 0: unregister: Invalid argument")
+    await host.vmm_comes()
+    source = await joined(host, stack, nursery)
+    await source.control.send(wire.Switch(0))
+    host.vmm.map_over(no_memory.fileno())
+    host.migration.destination.told_zero(0, 0, COUNT)
+    while not host.migration.report.stuck:
+        await trio.sleep(0.001)
+    assert host.migration.report.stuck.startswith("region 0: unregister: ")
+    assert not host.migration.ended.is_set()
+    host.vmm.map_over(host.vmm.files[0])
+    await host.migration.ended.wait()
+    assert host.migration.phase is Phase.COMPLETE
+
+
+async def test_a_source_that_comes_as_it_ends_tries_again(
+    host: Host, stack: AsyncExitStack
+) -> None:
+    await host.vmm_comes()
+    host.migration.end(Phase.ABANDONED)
+    source = Source(host, stack)
+    await source.hello()
+    with pytest.raises(LinkError):
+        await source.answer()
