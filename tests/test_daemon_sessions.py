@@ -101,9 +101,8 @@ def test_a_source_that_missed_the_end_is_told_it(daemon: DaemonProcess, vmm: Vmm
     with RawSource(daemon.port, name, REGIONS) as source:
         source.join().switch()
         vmm.expect("ready")
-        source.control.close()
         source.background.socket.sendall(frame(PAGES, 0, 0, COUNT, b"x" * COUNT * PAGE))
-        vmm.expect("done")
+        vmm.expect("done")  # and "complete" to the source, which does not read it
     epoch, token = source.welcome.epoch, source.welcome.token
     daemon.ended(name)
     with RawSource(daemon.port, name, REGIONS, epoch=epoch, token=token) as again:
