@@ -4,6 +4,8 @@ Their declarations are taken out of the headers, so that they cannot differ from
 """
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ NAMES = {
         "gm_mask_run",
     ],
     "histogram.h": ["gm_histogram_record"],
-    "source.h": ["gm_source_next"],
     "guard.h": ["gm_guarded_store", "gm_guarded_load"],
     "memory.h": ["gm_memory_find"],
     "install.h": [
@@ -68,11 +69,6 @@ def address(native: Any) -> int:
     return int(_native.ffi.cast("uintptr_t", native))
 
 
-def function(name: str) -> int:
-    """The address of one, for C code of a test."""
-    return int(ffi.cast("uintptr_t", ffi.addressof(inside, name)))
-
-
 def _native_of(destination: Destination) -> Any:
     return pointer("struct gm_destination *", destination.native)
 
@@ -82,12 +78,21 @@ def _region_of(destination: Destination) -> Any:
     return inside.gm_memory_find(memory, destination.memory.regions[0].hva)
 
 
-def removal_read(destination: Destination, first: int, count: int) -> None:
-    """The pager has read that pages are removed; they are not yet punched out."""
-    native = _native_of(destination)
+@contextmanager
+def reading_events(destination: Destination) -> Iterator[Callable[[int, int], None]]:
+    """The pager has read events and acts upon them. What this gives notes a removal: first page, pages; they are not
+    yet punched out."""
+    native, region = _native_of(destination), _region_of(destination)
     inside.gm_install_events_begin(native)
-    inside.gm_install_removed(native, _region_of(destination), first, count)
-    inside.gm_install_events_end(native)
+    try:
+        yield lambda first, count: inside.gm_install_removed(native, region, first, count)
+    finally:
+        inside.gm_install_events_end(native)
+
+
+def removal_read(destination: Destination, first: int, count: int) -> None:
+    with reading_events(destination) as removed:
+        removed(first, count)
 
 
 class Install:

@@ -1,5 +1,6 @@
 """races.c, compiled for the tests that need it."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -7,49 +8,49 @@ from typing import Any
 
 import pytest
 from cffi import FFI
-from native_inside import function
+from native_inside import address
 from native_rig import Task
+
+from gmemd.native import _native
+from gmemd.native.destination import Destination
+from gmemd.native.source import Source
 
 CODE = Path(__file__).with_name("races.c")
 ffi = FFI()
 ffi.cdef("""
-struct race {
-    void *source, *next, *set, *claim;
-    uint64_t *claimed;
-    uint64_t pages, step[2], got;
-};
-uint64_t claim_together(struct race *);
-int take_middle(struct race *, uint8_t *sent);
+uint64_t race_claims(uint64_t *bits, uint64_t pages);
+int race_source(void *source, uint8_t *sent);
+int race_removal(void *destination, unsigned lane);
 """)
 
 
 class Races:
+    """Each runs in a thread of its own, as it ties itself to a CPU."""
+
     def __init__(self, library: Path) -> None:
+        # What the races call is found in the library that is loaded already.
+        ffi.dlopen(_native.__file__, os.RTLD_NOW | os.RTLD_GLOBAL)
         self._library: Any = ffi.dlopen(str(library))
 
-    def _race(self, claimed: Any, pages: int) -> Any:
-        race: Any = ffi.new("struct race *")
-        for field, name in (("next", "gm_source_next"), ("set", "gm_bitmap_set"), ("claim", "gm_bitmap_claim")):
-            setattr(race, field, ffi.cast("void *", function(name)))
-        race.claimed, race.pages = ffi.cast("uint64_t *", claimed), pages
-        return race
-
-    def claim_together(self, claimed: Any, pages: int) -> int:
+    def claims(self, bits: Any, pages: int) -> int:
         """Two threads claim all pages of an empty bitmap; returns how many both got together."""
-        # In a thread of its own, as it ties itself to a CPU.
-        return int(Task(self._library.claim_together, self._race(claimed, pages)).result())
+        return int(Task(self._library.race_claims, ffi.cast("uint64_t *", bits), pages).result())
 
-    def take_middle(self, claimed: Any, pages: int, source: int) -> bytes:
-        """A source's background against an urgent lane that takes the middle page of three; how often it took each."""
-        race, sent = self._race(claimed, pages), ffi.new("uint8_t[]", pages)
-        race.source = ffi.cast("void *", source)
-        assert Task(self._library.take_middle, race, sent).result() == 0
+    def source(self, source: Source) -> bytes:
+        """The background against an urgent lane that takes the middle page of three; how often it took each."""
+        sent = ffi.new("uint8_t[]", source.memory.pages)
+        assert Task(self._library.race_source, ffi.cast("void *", address(source.native)), sent).result() == 0
         return bytes(ffi.buffer(sent))
+
+    def removal(self, destination: Destination) -> int:
+        """Each page is removed while a lane begins to install it; returns how many the lane did not hear of."""
+        return int(Task(self._library.race_removal, ffi.cast("void *", address(destination.native)), 1).result())
 
 
 @pytest.fixture
 def races(require_command: Callable[[str], str], tmp_path: Path) -> Races:
     library = tmp_path / "races.so"
-    compiler = require_command("cc")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", CODE, "-o", library], check=True)
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    top = Path(__file__).parents[2]
+    subprocess.run([require_command("cc"), *flags, f"-I{top}", CODE, "-o", library], check=True)
     return Races(library)

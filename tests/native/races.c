@@ -3,24 +3,21 @@
  * other, and waits a random moment before its move.
  */
 #define _GNU_SOURCE
+#include "gmemd/native/bitmap.h"
+#include "gmemd/native/install.h"
+#include "gmemd/native/source.h"
+
 #include <pthread.h>
 #include <sched.h>
-#include <stdbool.h>
-#include <stdint.h>
-
-typedef uint64_t claim_pages(uint64_t *bits, uint64_t first, unsigned count);
-typedef uint64_t set_pages(uint64_t *bits, uint64_t first, uint64_t count);
-typedef bool next_pages(void *source, const void **region, uint64_t *first, unsigned *count);
 
 struct race {
-    void *source;
-    next_pages *next;
-    set_pages *set;
-    claim_pages *claim;
-    uint64_t *claimed;
+    struct gm_source *source;
+    struct gm_destination *destination;
+    struct gm_region *region;
+    gm_word *bits;
     uint64_t pages;
-    uint64_t step[2]; /* where each of the two is */
-    uint64_t got;     /* pages that the other thread has claimed */
+    _Atomic uint64_t step[2]; /* where each of the two is */
+    uint64_t got;             /* what the other thread has to say */
 };
 
 /* On CPUs of their own, the two meet; on one, hardly ever. */
@@ -40,8 +37,8 @@ static void take_cpu(int number)
 /* Says that thread `me` has come to a step, and waits until the other has, too. */
 static void in_step(struct race *r, int me, uint64_t step)
 {
-    __atomic_store_n(&r->step[me], step, __ATOMIC_SEQ_CST);
-    for (unsigned spun = 0; __atomic_load_n(&r->step[!me], __ATOMIC_SEQ_CST) < step; spun++)
+    r->step[me] = step;
+    for (unsigned spun = 0; r->step[!me] < step; spun++)
         if (spun > 1000) /* the other has no CPU */
             sched_yield();
 }
@@ -53,6 +50,8 @@ static void a_moment(uint64_t *random)
         ;
 }
 
+/* Both claim the same pages. */
+
 enum { CLAIM = 64, STRIDE = 40 };
 
 static uint64_t claim_all(struct race *r, int me)
@@ -63,43 +62,45 @@ static uint64_t claim_all(struct race *r, int me)
     for (uint64_t first = 0; first + CLAIM <= r->pages; first += STRIDE) {
         in_step(r, me, first + 1);
         a_moment(&random);
-        got += (unsigned)__builtin_popcountll(r->claim(r->claimed, first, CLAIM));
+        got += (unsigned)__builtin_popcountll(gm_bitmap_claim(r->bits, first, CLAIM));
     }
     return got;
 }
 
-static void *claim_too(void *argument)
+static void *claim_other(void *race)
 {
-    struct race *r = argument;
+    struct race *r = race;
 
     r->got = claim_all(r, 1);
     return NULL;
 }
 
-/* Both claim the same pages at the same time. Returns how many they got together. */
-uint64_t claim_together(struct race *r)
+/* Returns how many pages they got together. */
+uint64_t race_claims(gm_word *bits, uint64_t pages)
 {
+    struct race r = {.bits = bits, .pages = pages};
     pthread_t other;
     uint64_t got;
 
-    if (pthread_create(&other, NULL, claim_too, r))
+    if (pthread_create(&other, NULL, claim_other, &r))
         return 0;
-    got = claim_all(r, 0);
+    got = claim_all(&r, 0);
     pthread_join(other, NULL);
-    return got + r->got;
+    return got + r.got;
 }
 
-/* Of each eight pages, numbers 2 to 4 are free: the urgent lane takes 3. */
-static void *take_middles(void *argument)
+/* Of each eight pages, numbers 2 to 4 are free: the urgent lane takes 3, the background all of them, or what is left. */
+
+static void *take_middles(void *race)
 {
-    struct race *r = argument;
+    struct race *r = race;
     uint64_t random = 1;
 
     take_cpu(1);
     for (uint64_t eight = 0; eight < r->pages / 8; eight++) {
         in_step(r, 1, 2 * eight + 1);
         a_moment(&random);
-        r->set(r->claimed, 8 * eight + 3, 1);
+        gm_bitmap_set(r->bits, 8 * eight + 3, 1);
         in_step(r, 1, 2 * eight + 2);
     }
     return NULL;
@@ -107,40 +108,82 @@ static void *take_middles(void *argument)
 
 static bool take_next(struct race *r, uint8_t *sent)
 {
-    const void *region;
+    const struct gm_region *region;
     uint64_t first;
     unsigned count;
 
-    if (!r->next(r->source, &region, &first, &count))
+    if (!gm_source_next(r->source, &region, &first, &count))
         return false;
     for (unsigned i = 0; i < count; i++)
         sent[first + i]++;
     return true;
 }
 
-static bool taken(const struct race *r, uint64_t page)
+/* Notes in `sent` how often the background took each page. */
+int race_source(struct gm_source *source, uint8_t *sent)
 {
-    return r->claimed[page / 64] >> page % 64 & 1;
-}
-
-/* The background takes all three, or what the urgent lane leaves. Notes in `sent` how often it took each page. */
-int take_middle(struct race *r, uint8_t *sent)
-{
+    struct gm_region *region = &source->memory->region[0];
+    struct race r = {.source = source, .bits = region->claimed, .pages = region->pages};
     uint64_t random = 2;
     pthread_t urgent;
 
-    if (pthread_create(&urgent, NULL, take_middles, r))
+    if (pthread_create(&urgent, NULL, take_middles, &r))
         return -1;
     take_cpu(0);
-    for (uint64_t eight = 0; eight < r->pages / 8; eight++) {
-        in_step(r, 0, 2 * eight + 1);
+    for (uint64_t eight = 0; eight < r.pages / 8; eight++) {
+        in_step(&r, 0, 2 * eight + 1);
         a_moment(&random);
-        take_next(r, sent);
-        in_step(r, 0, 2 * eight + 2);
-        if (!taken(r, 8 * eight + 4))
-            take_next(r, sent);
+        take_next(&r, sent);
+        in_step(&r, 0, 2 * eight + 2);
+        if (!gm_bitmap_test(r.bits, 8 * eight + 4))
+            take_next(&r, sent);
     }
-    while (take_next(r, sent))
+    while (take_next(&r, sent))
         ;
     return pthread_join(urgent, NULL);
+}
+
+/* A page is removed just when a lane begins to install it. */
+
+static void *remove_pages(void *race)
+{
+    struct race *r = race;
+    uint64_t random = 1;
+
+    take_cpu(1);
+    for (uint64_t page = 0; page < r->pages; page++) {
+        in_step(r, 1, 2 * page + 1);
+        a_moment(&random);
+        gm_install_events_begin(r->destination);
+        gm_install_removed(r->destination, r->region, page, 1);
+        gm_install_events_end(r->destination);
+        in_step(r, 1, 2 * page + 2);
+    }
+    return NULL;
+}
+
+/* Returns how many removals the lane would not have heard of, or -1. */
+int race_removal(struct gm_destination *destination, unsigned lane)
+{
+    struct gm_region *region = &destination->memory->region[0];
+    struct race r = {.destination = destination, .region = region, .pages = region->pages};
+    uint64_t random = 2;
+    pthread_t reader;
+    int lost = 0;
+
+    if (pthread_create(&reader, NULL, remove_pages, &r))
+        return -1;
+    take_cpu(0);
+    for (uint64_t page = 0; page < r.pages; page++) {
+        struct gm_install in;
+
+        in_step(&r, 0, 2 * page + 1);
+        a_moment(&random);
+        gm_install_begin(&in, destination, lane, region, page, 1);
+        in_step(&r, 0, 2 * page + 2);
+        lost += in.claimed && !in.slot->removed;
+        gm_install_finish(&in);
+    }
+    pthread_join(reader, NULL);
+    return lost;
 }

@@ -131,7 +131,7 @@ def test_two_claims_at_the_same_time(races: "Races") -> None:
     """Within nanoseconds of each other, over borders of words: each page goes to one of the two."""
     pages = 1 << 20
     bits = words(pages)
-    assert races.claim_together(bits, pages) == inside.gm_bitmap_count(bits, pages)
+    assert races.claims(bits, pages) == inside.gm_bitmap_count(bits, pages)
 
 
 def test_all_claims_together_are_all_pages() -> None:

@@ -1,10 +1,12 @@
 """Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
 
 import random
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 from native_frames import pages
-from native_inside import Install, removal_read
+from native_inside import Install, reading_events, removal_read
 from native_rig import (
     FEATURE_REMOVE,
     HUGE,
@@ -19,6 +21,13 @@ from native_rig import (
 )
 
 from gmemd.native.memory import Populate
+
+if TYPE_CHECKING:
+    from native_races import Races
+
+pytest_plugins = ["native_races"]
+
+LONG_ENOUGH = 0.02  # seconds in which a thread that does not wait is done
 
 ways = pytest.mark.parametrize("way", list(Populate))
 
@@ -121,7 +130,8 @@ def test_removed_while_claims_are_given_back() -> None:
             for page in early:
                 removal_read(guest.destination, page, 1)
             giving = Task(steps.give_up)
-            until(lambda: not guest.present(0))
+            while guest.present(0):  # it is about to punch the others
+                pass
             removal_read(guest.destination, late, 1)
             giving.result()
             assert guest.received() == {*early, late}, f"round {round_}"
@@ -165,6 +175,30 @@ def test_removals_and_arrivals_race(way: Populate, rng: random.Random) -> None:
             assert gone
             for page in range(count):
                 assert guest.read(page) == (bytes(PAGE) if page in gone else content(page)), page
+
+
+def test_a_lane_neither_begins_nor_ends_while_events_are_read() -> None:
+    """What was read may have been punched already: it has to be noted before the lane looks, and in the right frame."""
+    with Guest() as guest:
+        steps = install(guest, 8, 4)
+        assert steps.populate(contents(8, 4))
+        with reading_events(guest.destination) as removed:
+            ending, beginning = Task(steps.finish), Task(install, guest, 20, 4, 2)
+            time.sleep(LONG_ENOUGH)
+            waiting = (ending.is_alive(), beginning.is_alive())
+            removed(9, 2)
+        ending.result()
+        assert beginning.result().claimed == {20, 21, 22, 23}
+        assert waiting == (True, True)
+        assert guest.received() == {8, 9, 10, 11}
+        assert [guest.present(page) for page in (8, 9, 10, 11)] == [True, False, False, True]
+
+
+def test_removed_just_when_a_lane_begins(races: "Races") -> None:
+    """Either the removal finds the page missing, or the lane finds the note."""
+    with Guest((1 << 14, PAGE)) as guest:
+        assert races.removal(guest.destination) == 0
+        assert guest.memory.received == 1 << 14
 
 
 @ways
