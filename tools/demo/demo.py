@@ -94,7 +94,9 @@ class Demo:
         self.show.say("everything has arrived; every page is checked")
         await cast.destination.tell("verify", *self.events["paused"]["memory"])
         self.events["verified"] = await cast.destination.event("verified")
-        return self._summary(await self._look())
+        if not (found := await self._look()):
+            raise UnavailableError(f"the daemon has nothing to say of the migration: {self.cast.daemon.last_words()}")
+        return self._summary(found)
 
     async def _watch(self, injections: list[Injection]) -> None:
         """From the start of the sender until nothing is missing."""
