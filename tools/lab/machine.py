@@ -36,7 +36,7 @@ FRESH = ("/tmp", "/run", "/dev/shm")  # what `init` covers with a tmpfs
 # An emulated machine on a busy host can stand still for seconds: no clock is to be called unstable for it,
 # and no CPU stuck. All else that goes wrong in the kernel ends the run.
 KERNEL_ARGUMENTS = (
-    *("console=ttyS0", "loglevel=5", "nokaslr", "panic=-1", "oops=panic", "hugepages=64"),
+    *("console=ttyS0", "loglevel=5", "nokaslr", "panic=-1", "oops=panic"),
     *("tsc=reliable", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1"),
 )
 COMPLAINT = re.compile(
