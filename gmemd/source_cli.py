@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from gmemd import __version__, cli, config, log
+from gmemd import __version__, cli, config, log, order
 from gmemd.errors import GmemdError, UsageError
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
@@ -49,6 +49,15 @@ def parser() -> argparse.ArgumentParser:
         default=16,
         metavar="PAGES",
         help="to a guest that walks through memory, send at most so many pages before it asks (16; 0 to 63)",
+    )
+    top.add_argument(
+        "--order",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="TRACE",
+        help="in the background, send first what the guest needed when this trace was recorded, in that order; "
+        "may be repeated, for the files of a rotating trace from the oldest on",
     )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
@@ -90,12 +99,15 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
         rate = config.parse_size(options.rate)
     except ValueError as error:
         raise UsageError(f"--rate {options.rate}: {error}") from None
+    order.must_be_traces(options.order)
     settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us, ahead=options.ahead)
     guest: SendingGuest
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
         migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)
         migration.source.set_rate(rate)
         try:
+            if options.order:
+                migration.source.follow(order.read(options.order, migration.memory))
             async with trio.open_nursery() as nursery:
                 if sys.stderr.isatty() and not options.json:
                     nursery.start_soon(show_progress, migration)

@@ -24,6 +24,7 @@ HEADERS = [
     "destination.h",
     "lane.h",
     "pager.h",
+    "order.h",
     "source.h",
     "push.h",
     "server.h",

@@ -48,26 +48,41 @@ static int flush(struct gm_push *p, struct gm_problem *ret)
     return left;
 }
 
+/* Queues what comes next. Returns 1, 0 if there is nothing, or -1. */
+static int add_next(struct gm_push *p, struct gm_problem *ret)
+{
+    struct gm_source *source = p->sender.source;
+    const struct gm_region *region;
+    uint64_t first;
+    unsigned count;
+
+    if (!gm_source_next(source, &region, &first, &count))
+        return 0;
+    if (gm_sender_add(&p->sender, region, first, count, ret) < 0)
+        return -1;
+    atomic_fetch_add_explicit(&source->n.background_pages, count, memory_order_relaxed);
+    return 1;
+}
+
 int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
 {
     struct gm_source *source = p->sender.source;
     uint64_t until = gm_now_ns() + (uint64_t)budget_us * 1000;
 
     do {
-        const struct gm_region *region;
-        uint64_t first;
-        unsigned count;
-        int left = flush(p, ret);
+        int added, left = flush(p, ret);
 
         if (left)
             return left < 0 ? -1 : GM_PUSH_FULL;
         if (gm_source_pause_us(source))
             return GM_PUSH_EARLY;
-        if (!gm_source_next(source, &region, &first, &count))
-            return GM_PUSH_DONE;
-        if (gm_sender_add(&p->sender, region, first, count, ret) < 0)
+        do
+            added = add_next(p, ret);
+        while (added > 0 && gm_sender_takes_more(&p->sender));
+        if (added < 0)
             return -1;
-        atomic_fetch_add_explicit(&source->n.background_pages, count, memory_order_relaxed);
+        if (!added && gm_sender_empty(&p->sender))
+            return GM_PUSH_DONE;
     } while (gm_now_ns() < until);
     return GM_PUSH_BUSY;
 }

@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <sys/socket.h>
 
+/* Frames of less than this go together: half of what one of base pages may carry. */
+enum { GATHER_BYTES = GM_FRAME_PAGES / 2 * 4096 };
+
 static size_t largest_frame(const struct gm_memory *m)
 {
     size_t largest = 0;
@@ -27,7 +30,7 @@ int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane,
                    struct gm_problem *ret)
 {
     *s = (struct gm_sender){.source = source, .socket = socket, .checksum = checksum};
-    s->capacity = largest_frame(source->memory);
+    s->capacity = largest_frame(source->memory) + GATHER_BYTES;
     s->data = malloc(s->capacity);
     if (!s->data)
         return gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
@@ -47,6 +50,11 @@ bool gm_sender_fits(const struct gm_sender *s, const struct gm_region *r, unsign
 {
     /* Every page may become a frame of its own, of two vectors; and a beat may follow. */
     return s->frames + count < 2 * GM_FRAME_PAGES && s->used + gm_bytes(r, count) <= s->capacity;
+}
+
+bool gm_sender_takes_more(const struct gm_sender *s)
+{
+    return s->frames < GM_FRAME_PAGES && s->used < GATHER_BYTES;
 }
 
 static int read_pages(const struct gm_region *r, uint64_t first, unsigned count, void *to)

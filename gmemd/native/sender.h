@@ -28,6 +28,9 @@ void gm_sender_deinit(struct gm_sender *s);
 /* Whether `count` more pages of the region fit before a flush. */
 bool gm_sender_fits(const struct gm_sender *s, const struct gm_region *r, unsigned count);
 
+/* Whether to queue another frame, of any region, before a flush: pages that lie apart go together all the same. */
+bool gm_sender_takes_more(const struct gm_sender *s);
+
 /* Reads the pages and queues frames for them: zero pages as such. */
 int gm_sender_add(struct gm_sender *s, const struct gm_region *r, uint64_t first, unsigned count,
                   struct gm_problem *ret);

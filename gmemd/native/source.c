@@ -53,6 +53,17 @@ void gm_source_restart(struct gm_source *s)
     s->region = 0;
     s->page = 0;
     s->from_start = true;
+    s->run = 0;
+    s->into = 0;
+}
+
+void gm_source_follow(struct gm_source *s, const struct gm_order *order)
+{
+    GM_LOCKED(&s->lock);
+
+    s->order = order;
+    s->run = 0;
+    s->into = 0;
 }
 
 void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count)
@@ -122,28 +133,52 @@ void gm_source_go_to(struct gm_source *s, uint32_t region, uint64_t page)
     s->from_start = false;
 }
 
+/* Takes the next pages of [*page, last) that nobody has, and moves *page behind them. */
+static bool take_between(struct gm_source *s, struct gm_region *r, uint64_t *page, uint64_t last,
+                         const struct gm_region **region, uint64_t *first, unsigned *count)
+{
+    while ((*page = gm_bitmap_find(r->claimed, *page, last, false)) < last) {
+        uint64_t limit = *page + gm_frame_pages(r);
+        uint64_t end = gm_bitmap_find(r->claimed, *page, limit < last ? limit : last, true);
+        uint64_t mask = gm_bitmap_claim(r->claimed, *page, (unsigned)(end - *page));
+        unsigned at = 0, run = gm_mask_run(mask, &at);
+
+        if (!run)
+            continue;
+        /* The urgent lane may have taken some of them meanwhile: keep the first run, and come back for the rest. */
+        gm_bitmap_give_back(r->claimed, *page, mask & ~gm_ones(at, run));
+        *region = r;
+        *first = *page + at;
+        *count = run;
+        *page = *first + run;
+        pace(s, gm_bytes(r, run));
+        return true;
+    }
+    return false;
+}
+
+static bool take_from_order(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
+{
+    for (; s->order && s->run < s->order->n.runs; s->run++, s->into = 0) {
+        const struct gm_order_run *run = &s->order->run[s->run];
+        uint64_t page = run->first + s->into;
+        bool took = take_between(s, &s->memory->region[run->region], &page, run->first + run->count, region, first,
+                                 count);
+
+        s->into = page - run->first;
+        if (took)
+            return true;
+    }
+    return false;
+}
+
 static bool take_from_cursor(struct gm_source *s, const struct gm_region **region, uint64_t *first, unsigned *count)
 {
     for (; s->region < s->memory->count; s->region++, s->page = 0) {
         struct gm_region *r = &s->memory->region[s->region];
 
-        while ((s->page = gm_bitmap_find(r->claimed, s->page, r->pages, false)) < r->pages) {
-            uint64_t limit = s->page + gm_frame_pages(r);
-            uint64_t end = gm_bitmap_find(r->claimed, s->page, limit < r->pages ? limit : r->pages, true);
-            uint64_t mask = gm_bitmap_claim(r->claimed, s->page, (unsigned)(end - s->page));
-            unsigned at = 0, run = gm_mask_run(mask, &at);
-
-            if (!run)
-                continue;
-            /* The urgent lane may have taken some of them meanwhile: keep the first run, and come back for the rest. */
-            gm_bitmap_give_back(r->claimed, s->page, mask & ~gm_ones(at, run));
-            *region = r;
-            *first = s->page + at;
-            *count = run;
-            s->page = *first + run;
-            pace(s, gm_bytes(r, run));
+        if (take_between(s, r, &s->page, r->pages, region, first, count))
             return true;
-        }
     }
     return false;
 }
@@ -152,7 +187,7 @@ bool gm_source_next(struct gm_source *s, const struct gm_region **region, uint64
 {
     GM_LOCKED(&s->lock);
 
-    if (take_from_cursor(s, region, first, count))
+    if (take_from_order(s, region, first, count) || take_from_cursor(s, region, first, count))
         return true;
     if (s->from_start)
         return false;

@@ -8,6 +8,7 @@
 #define GM_SOURCE_H
 
 #include "memory.h"
+#include "order.h"
 #include "problem.h"
 
 #include <pthread.h>
@@ -34,6 +35,9 @@ uint64_t gm_source_pause_us(struct gm_source *s);
 void gm_source_restart(struct gm_source *s);
 void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count);
 
+/* Has the background send these pages first. The order must not change any more, and must outlive the source. */
+void gm_source_follow(struct gm_source *s, const struct gm_order *order);
+
 /*
  * Finds holes of a region's file and takes them out of what is to be sent: pairs (first page, pages) into `pairs`, `most` at the most,
  * from page *from on, which is moved past what was looked at. Returns how many pairs; fewer means that the end was reached.
@@ -46,6 +50,8 @@ struct gm_source {
     pthread_mutex_t lock; /* of the cursor */
     unsigned region;
     uint64_t page;
+    const struct gm_order *order; /* or NULL */
+    uint64_t run, into; /* where in the order: a run, and pages of it that are behind us */
     bool from_start; /* the cursor has come from the beginning, so nothing is left before it */
     uint64_t rate, due_ns; /* with a rate: when what has been taken so far will have gone */
     struct {

@@ -1,12 +1,32 @@
 """The source's native side: what is still to be sent, the urgent lane, and the background lanes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
 from gmemd.native._errors import check, checked
 from gmemd.native._native import ffi, lib
-from gmemd.native.memory import RUNS_AT_ONCE, Memory
+from gmemd.native.memory import RUNS_AT_ONCE, Memory, Region
+
+
+class Order:
+    """The order in which a guest is expected to need the pages of this memory, from the faults of traces."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.native: Any = ffi.gc(checked(lib.gm_order_new, memory.native), lib.gm_order_free)
+
+    def add(self, records: bytes, regions: Sequence[Region]) -> None:
+        """Puts the pages of `struct gm_trace_record`s behind those that it has. `regions` are the trace's."""
+        places = ffi.new("struct gm_order_region[]", [(region.gpa, region.page_shift) for region in regions])
+        with ffi.from_buffer("struct gm_trace_record[]", records) as faults:
+            check(lib.gm_order_add, self.native, faults, len(faults), places)
+
+    def counters(self) -> dict[str, int]:
+        """Of what it has, and of what it could not take, by name."""
+        out = ffi.new("struct gm_order_counters *")
+        lib.gm_order_counters(self.native, out)
+        return {name: getattr(out, name) for name, _ in ffi.typeof("struct gm_order_counters").fields}
 
 
 class Source:
@@ -15,6 +35,12 @@ class Source:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.native: Any = ffi.gc(checked(lib.gm_source_new, memory.native), lib.gm_source_free)
+        self._order: Order | None = None  # which the native side reads
+
+    def follow(self, order: Order) -> None:
+        """The background sends these pages first."""
+        lib.gm_source_follow(self.native, order.native)
+        self._order = order
 
     def restart(self) -> None:
         """Begins anew: every page is to be sent."""

@@ -13,6 +13,7 @@ from gmemd.errors import DataError, UsageError
 from gmemd.native.memory import Region
 from gmemd.trace import TraceWriter
 from gmemd_tools.replay import patterns, result, summary
+from gmemd_tools.replay.merge import merge as merge_traces
 from gmemd_tools.replay.recording import load
 from gmemd_tools.replay.run import Setup, replay
 
@@ -41,6 +42,11 @@ def synth(options: argparse.Namespace) -> int:
             writer.add(patterns.synthesise(options.pattern, plan))
     except OSError as error:
         raise DataError(f"{options.output}: {error.strerror}") from None
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    merge_traces(options.traces, options.output)
     return 0
 
 
@@ -115,6 +121,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--writes", type=_number(float, 0, 1), default=0.3, help="the share of writes (0.3)")
     command.add_argument("--seed", type=_number(int, 0, 1 << 63), default=1)
+
+    command = add("merge", merge, "Make one trace of several of one image, for gmemd-source --order.")
+    command.add_argument("traces", **traces, help="of guests with the same regions")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="may be one of them")
 
     command = add("run", run, "Play a trace against a daemon and a source, and check every page.")
     command.add_argument("traces", **traces, help="one file, or those of a rotating trace, oldest first")

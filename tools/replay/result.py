@@ -31,6 +31,7 @@ def result(
         "touch_latency_us": latency_us([took for _, took, _ in touches]),
         "duration_us": duration_us,
         "recorded_us": recording.span_ns / 1000,
+        "settled_us": _settled_us(played, began),
         "threads": [_thread(thread) for thread in sorted(played, key=lambda thread: thread.thread)],
         "daemon": {
             "fault_latency_us": daemon["fault_latency_us"],
@@ -38,6 +39,12 @@ def result(
             "recoveries": daemon["recoveries"],
         },
     }
+
+
+def _settled_us(played: list[Played], began: int) -> float:
+    """From the first access until no thread waited any more."""
+    ends = [start + took for thread in played for start, took, waited in thread.touches if waited]
+    return (max(ends) - began) / 1000 if ends else 0.0
 
 
 def _thread(played: Played) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def text(result: dict[str, Any]) -> str:
         f"{result['touches']} touches by {len(result['threads'])} threads in {result['duration_us'] / 1e6:.3f} s",
         f"{result['faults']} of them had to wait, {result['faults_per_s']:.0f} a second",
         f"{counters['urgent_pages']} pages came urgently, {counters['background_pages']} otherwise",
+        f"no thread waited any more after {result['settled_us'] / 1e6:.3f} s",
         "",
         f"{'µs':<28}" + "".join(f"{name:>10}" for name in result["touch_latency_us"]),
     ]
