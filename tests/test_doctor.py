@@ -324,7 +324,8 @@ def test_nobody_gets_answers(report: dict[str, Any]) -> None:
     access = check_of(as_nobody, "userfaultfd.access")
     assert access["ok"] == (device or switch)
     if not access["ok"]:
-        assert "EACCES" in check_of(as_nobody, "userfaultfd.device")["why"]
+        refusal = "EACCES" if os.path.exists("/dev/userfaultfd") else "ENOENT"
+        assert refusal in check_of(as_nobody, "userfaultfd.device")["why"]
         assert "EPERM" in check_of(as_nobody, "userfaultfd.syscall")["why"]
         assert "lacks CAP_SYS_PTRACE" in check_of(as_nobody, "userfaultfd.syscall")["why"]
         assert as_nobody["backings"]["memfd"]["why"].startswith("userfaultfd.access: ")

@@ -171,12 +171,14 @@ def test_a_vmm_that_reads_no_answers_is_not_listened_to_until_it_does() -> None:
     ):
         guest.line().feed(pages(0, 5, content(5)))
         assert "does not read" in str(flood(guest))
-        taken = guest.counter("faults_vcpu")
-        reader = Task(other.read, 3)
-        assert others.requested() == (0, 3, 1)
-        others.send(pages(0, 3, content(3)))
-        assert reader.result() == content(3)
-        assert guest.counter("faults_vcpu") == taken
+        taken = []
+        for page in (3, 4):  # the turn in which it was told ends before the first of them
+            reader = Task(other.read, page)
+            assert others.requested() == (0, page, 1)
+            others.send(pages(0, page, content(page)))
+            assert reader.result() == content(page)
+            taken.append(guest.counter("faults_vcpu"))
+        assert taken[0] == taken[1]
 
         guest.ends[0].settimeout(PATIENCE)
         while guest.answer()[0] != EVERY_VCPU:
