@@ -10,7 +10,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 /* Messages a read: enough to take all that many vCPUs send at once, 2 KiB of stack. */
@@ -43,15 +42,14 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
 int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
 {
     while (port->urgent && port->out_start < port->out_end) {
-        ssize_t put = send(port->urgent->socket, port->out + port->out_start, port->out_end - port->out_start,
-                           MSG_DONTWAIT | MSG_NOSIGNAL);
+        struct iovec rest = {port->out + port->out_start, port->out_end - port->out_start};
+        ssize_t put = gm_stream_write(&port->urgent->stream, &rest, 1);
 
-        if (put < 0 && errno == EAGAIN)
+        if (put < 0)
+            return gm_stream_ended(&port->urgent->stream, put, "", ret);
+        if (!put)
             return 1;
-        if (put < 0 && errno != EINTR)
-            return gm_blame(ret, GM_LINK, errno, "urgent lane");
-        if (put > 0)
-            port->out_start += (size_t)put;
+        port->out_start += (size_t)put;
     }
     return 0;
 }

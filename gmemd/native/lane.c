@@ -7,10 +7,8 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 
 /* One damaged frame is a flipped bit somewhere on the way; a second on the same connection is a broken way. */
 enum { DAMAGED_FRAMES = 1 };
@@ -38,19 +36,14 @@ struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned index, int socket
     struct gm_lane *lane = calloc(1, sizeof *lane);
 
     if (lane) {
+        gm_stream_init(&lane->stream, index, socket, "source");
         lane->destination = d;
         lane->index = index;
-        lane->socket = socket;
         lane->checksum = checksum;
         lane->capacity = buffer_size(d->memory);
         lane->buffer = malloc(lane->capacity);
-        lane->heard_ns = gm_now_ns();
         for (unsigned i = 0; i < d->memory->count; i++)
             lane->direct |= d->memory->region[i].populate == GM_POPULATE_RECV;
-        if (index)
-            snprintf(lane->name, sizeof lane->name, "background lane %u", index);
-        else
-            snprintf(lane->name, sizeof lane->name, "urgent lane");
     }
     if (!lane || !lane->buffer) {
         gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", index);
@@ -69,7 +62,7 @@ void gm_lane_free(struct gm_lane *lane)
 
 uint64_t gm_lane_heard_ns(const struct gm_lane *lane)
 {
-    return atomic_load(&lane->heard_ns);
+    return atomic_load(&lane->stream.heard_ns);
 }
 
 /* Bytes that are still to come before the frame at `start` is whole; 0 when it is. */
@@ -83,7 +76,7 @@ static int lacking(struct gm_lane *lane, size_t *ret, struct gm_problem *problem
             return 0;
         }
         if (gm_frame_decode_untrusted(lane->buffer + lane->start, lane->destination->memory, 1, lane->checksum,
-                                      lane->name, &lane->frame, problem) < 0)
+                                      lane->stream.name, &lane->frame, problem) < 0)
             return -1;
         lane->has_frame = 1;
         lane->looked = lane->buffered = false;
@@ -99,7 +92,7 @@ int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret)
     GM_COUNT(lane->destination, damaged_frames, 1);
     if (++lane->damaged > DAMAGED_FRAMES || f->kind == GM_KIND_BEAT)
         return gm_blame(ret, GM_LINK, 0, "%s: frame %u of region %u, page %llu is damaged, and not the first",
-                        lane->name, f->kind, f->region, (unsigned long long)f->first);
+                        lane->stream.name, f->kind, f->region, (unsigned long long)f->first);
     return gm_destination_ask(lane->destination, f->region, f->first, f->count, ret);
 }
 
@@ -166,19 +159,12 @@ static void make_room(struct gm_lane *lane, size_t lacking)
 static int fill(struct gm_lane *lane, size_t lacking, struct gm_problem *ret)
 {
     size_t most = lane->direct ? lacking : lane->capacity - lane->end;
-    ssize_t got = recv(lane->socket, lane->buffer + lane->end, most, MSG_DONTWAIT);
+    ssize_t got = gm_stream_read(&lane->stream, lane->buffer + lane->end, most);
 
-    if (got > 0) {
-        lane->end += (size_t)got;
-        return 1;
-    }
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
-        return 0;
     if (got < 0)
-        return gm_blame(ret, GM_LINK, errno, "%s", lane->name);
-    if (lane->start != lane->end)
-        return gm_blame(ret, GM_LINK, 0, "%s: closed by the source in the middle of a frame", lane->name);
-    return gm_blame(ret, GM_LINK, 0, "%s: closed by the source", lane->name);
+        return gm_stream_ended(&lane->stream, got, lane->start != lane->end ? " in the middle of a frame" : "", ret);
+    lane->end += (size_t)got;
+    return got > 0;
 }
 
 static bool takes_direct(const struct gm_lane *lane)
@@ -212,10 +198,8 @@ int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem 
         if (done < 0)
             return -1;
         now = gm_now_ns();
-        if (done) {
-            atomic_store_explicit(&lane->heard_ns, now, memory_order_relaxed);
-        } else {
-            struct pollfd more = {.fd = lane->socket, .events = POLLIN};
+        if (!done) {
+            struct pollfd more = {.fd = lane->stream.socket, .events = POLLIN};
 
             if (!lane->index || poll(&more, 1, LINGER_MS) <= 0)
                 return GM_LANE_IDLE;

@@ -5,6 +5,7 @@
 #include "destination.h"
 #include "frame.h"
 #include "problem.h"
+#include "stream.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -29,10 +30,9 @@ uint64_t gm_lane_heard_ns(const struct gm_lane *lane);
 
 struct gm_lane {
     struct gm_destination *destination;
+    struct gm_stream stream;
     unsigned index;
-    int socket;
     int checksum;
-    char name[32];
     unsigned char *buffer;
     size_t capacity, start, end; /* [start, end) has come and is not dealt with */
     struct gm_frame frame;       /* the header at `start`, once it has been checked */
@@ -41,7 +41,6 @@ struct gm_lane {
     bool looked;   /* for the payload of this frame, and not all of it was there */
     bool buffered; /* this frame takes the way through the buffer all the same */
     unsigned damaged;
-    _Atomic uint64_t heard_ns;
 };
 
 /* Installs the frame whose header has been read, from the socket into the alias. Returns 1, 0 when not all of the payload has

@@ -23,30 +23,28 @@ static int payload_waits(struct gm_lane *lane, struct gm_problem *ret)
     int wanted = (int)lane->frame.length, waiting = 0;
     bool all;
 
-    if (ioctl(lane->socket, SIOCINQ, &waiting) < 0)
-        return gm_blame(ret, GM_LINK, errno, "%s", lane->name);
+    if (ioctl(lane->stream.socket, SIOCINQ, &waiting) < 0)
+        return gm_blame(ret, GM_LINK, errno, "%s", lane->stream.name);
     all = waiting >= wanted;
     lane->buffered = !all && lane->looked;
     lane->looked = true;
     if (all || lane->buffered)
         wanted = 1;
-    if (setsockopt(lane->socket, SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof wanted) < 0)
-        return gm_blame(ret, GM_LINK, errno, "%s", lane->name);
+    if (setsockopt(lane->stream.socket, SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof wanted) < 0)
+        return gm_blame(ret, GM_LINK, errno, "%s", lane->stream.name);
     return all;
 }
 
 /* Moves `length` bytes of the socket to `to`. Returns 0, or -errno with *done bytes moved. */
-static int take(const struct gm_lane *lane, unsigned char *to, size_t length, size_t *done)
+static int take(struct gm_lane *lane, unsigned char *to, size_t length, size_t *done)
 {
     *done = 0;
     while (*done < length) {
-        ssize_t got = recv(lane->socket, to + *done, length - *done, MSG_DONTWAIT);
+        ssize_t got = gm_stream_read(&lane->stream, to + *done, length - *done);
 
-        if (got < 0 && errno != EINTR)
-            return -errno;
-        if (got == 0)
-            return -EPIPE;
-        *done += got > 0 ? (size_t)got : 0;
+        if (got <= 0)
+            return got ? (int)got : -EAGAIN;
+        *done += (size_t)got;
     }
     return 0;
 }
@@ -122,7 +120,7 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
     error = take_payload(lane, &in, &payload);
     if (error) {
         gm_install_give_up(&in);
-        return gm_blame(ret, GM_LINK, -error, "%s", lane->name);
+        return gm_stream_ended(&lane->stream, error, " in the middle of a frame", ret);
     }
     if (payload.fault) {
         gm_install_give_up(&in);

@@ -157,7 +157,7 @@ static int watch_urgent(struct gm_pager *p, const struct gm_port *port, int oper
         .data.u64 = tag(WATCH_URGENT, port->id, 0),
     };
 
-    return epoll_ctl(p->epoll, operation, port->urgent->socket, &event);
+    return epoll_ctl(p->epoll, operation, port->urgent->stream.socket, &event);
 }
 
 static void drop_urgent(struct gm_pager *p, struct gm_port *port)

@@ -40,7 +40,7 @@ void gm_push_free(struct gm_push *p)
 /* Sends what is queued, and waits a little for the room to do so. As gm_sender_flush(). */
 static int flush(struct gm_push *p, struct gm_problem *ret)
 {
-    struct pollfd room = {.fd = p->sender.socket, .events = POLLOUT};
+    struct pollfd room = {.fd = p->sender.stream.socket, .events = POLLOUT};
     int left = gm_sender_flush(&p->sender, ret);
 
     while (left > 0 && poll(&room, 1, LINGER_MS) > 0)

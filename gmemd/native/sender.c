@@ -6,9 +6,7 @@
 
 #include <errno.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <sys/socket.h>
 
 /* Frames of less than this go together: half of what one of base pages may carry. */
 enum { GATHER_BYTES = GM_FRAME_PAGES / 2 * 4096 };
@@ -29,15 +27,12 @@ static size_t largest_frame(const struct gm_memory *m)
 int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, int checksum,
                    struct gm_problem *ret)
 {
-    *s = (struct gm_sender){.source = source, .socket = socket, .checksum = checksum};
+    *s = (struct gm_sender){.source = source, .checksum = checksum};
+    gm_stream_init(&s->stream, lane, socket, "destination");
     s->capacity = largest_frame(source->memory) + GATHER_BYTES;
     s->data = malloc(s->capacity);
     if (!s->data)
         return gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
-    if (lane)
-        snprintf(s->name, sizeof s->name, "background lane %u", lane);
-    else
-        snprintf(s->name, sizeof s->name, "urgent lane");
     return 0;
 }
 
@@ -118,15 +113,13 @@ void gm_sender_beat(struct gm_sender *s)
 int gm_sender_flush(struct gm_sender *s, struct gm_problem *ret)
 {
     while (!gm_sender_empty(s)) {
-        struct msghdr message = {.msg_iov = s->vector + s->sent, .msg_iovlen = s->vectors - s->sent};
-        ssize_t put = sendmsg(s->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t put = gm_stream_write(&s->stream, s->vector + s->sent, s->vectors - s->sent);
 
-        if (put < 0 && errno == EAGAIN)
+        if (put < 0)
+            return gm_stream_ended(&s->stream, put, "", ret);
+        if (!put)
             return 1;
-        if (put < 0 && errno != EINTR)
-            return gm_blame(ret, GM_LINK, errno, "%s", s->name);
-        if (put > 0)
-            atomic_fetch_add_explicit(&s->source->n.sent_bytes, (uint64_t)put, memory_order_relaxed);
+        atomic_fetch_add_explicit(&s->source->n.sent_bytes, (uint64_t)put, memory_order_relaxed);
         while (put > 0) {
             struct iovec *v = &s->vector[s->sent];
             size_t here = (size_t)put < v->iov_len ? (size_t)put : v->iov_len;

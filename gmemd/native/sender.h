@@ -5,15 +5,15 @@
 #include "frame.h"
 #include "problem.h"
 #include "source.h"
+#include "stream.h"
 
 #include <stdint.h>
 #include <sys/uio.h>
 
 struct gm_sender {
     struct gm_source *source;
-    int socket;
+    struct gm_stream stream;
     int checksum;
-    char name[32];
     unsigned char *data; /* content of the pages in `vector` */
     size_t capacity, used;
     unsigned frames, vectors, sent; /* vectors before `sent` have gone */

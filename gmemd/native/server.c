@@ -1,7 +1,6 @@
 #include "server.h"
 
 #include "ahead.h"
-#include "clock.h"
 #include "frame.h"
 #include "poller.h"
 #include "sender.h"
@@ -12,7 +11,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum { REQUESTS = 128 }; /* read at once: as many as a large guest's vCPUs send together */
@@ -26,7 +24,6 @@ struct gm_server {
     bool writable_wanted;
     size_t start, end; /* of the requests in `in` that are not answered */
     unsigned char in[REQUESTS * GM_HEADER_BYTES];
-    _Atomic uint64_t heard_ns;
 };
 
 struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us, uint32_t ahead,
@@ -41,7 +38,6 @@ struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, u
     }
     gm_poll_init(&server->poll, poll_us);
     server->ahead.most = ahead < GM_FRAME_PAGES ? ahead : GM_FRAME_PAGES - 1;
-    server->heard_ns = gm_now_ns();
     server->epoll = epoll_create1(EPOLL_CLOEXEC);
     server->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (server->epoll < 0 || server->kick < 0 ||
@@ -92,10 +88,9 @@ void gm_server_beat(struct gm_server *server)
 
 uint64_t gm_server_heard_ns(const struct gm_server *server)
 {
-    return atomic_load(&server->heard_ns);
+    return atomic_load(&server->sender.stream.heard_ns);
 }
 
-/* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
 /* Sends what a guest that walks through memory will want next, and has the background go on behind that. */
 static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t page, struct gm_problem *ret)
 {
@@ -116,6 +111,7 @@ static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t pa
     return 0;
 }
 
+/* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
 static int take_request(struct gm_server *server, struct gm_problem *ret)
 {
     struct gm_source *source = server->sender.source;
@@ -123,7 +119,7 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
     struct gm_region *r;
     struct gm_frame f;
 
-    if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.checksum, server->sender.name, &f, ret) < 0)
+    if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.checksum, server->sender.stream.name, &f, ret) < 0)
         return -1;
     if (f.kind == GM_KIND_REQUEST) {
         r = &source->memory->region[f.region];
@@ -148,15 +144,11 @@ static int fill(struct gm_server *server, struct gm_problem *ret)
     memmove(server->in, server->in + server->start, server->end - server->start);
     server->end -= server->start;
     server->start = 0;
-    got = recv(server->sender.socket, server->in + server->end, sizeof server->in - server->end, MSG_DONTWAIT);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
-        return 0;
-    if (got <= 0)
-        return gm_blame(ret, GM_LINK, got < 0 ? errno : 0, "urgent lane%s",
-                        got < 0 ? "" : ": closed by the destination");
+    got = gm_stream_read(&server->sender.stream, server->in + server->end, sizeof server->in - server->end);
+    if (got < 0)
+        return gm_stream_ended(&server->sender.stream, got, "", ret);
     server->end += (size_t)got;
-    atomic_store(&server->heard_ns, gm_now_ns());
-    return 1;
+    return got > 0;
 }
 
 /* Answers what was read and sends it. Returns 1 if the socket is full, 0 if all has gone. */
@@ -182,7 +174,7 @@ static int answer(struct gm_server *server, struct gm_problem *ret)
 
 static int want_writable(struct gm_server *server, bool wanted, struct gm_problem *ret)
 {
-    int socket = server->sender.socket;
+    int socket = server->sender.stream.socket;
     struct epoll_event event = {.events = wanted ? EPOLLOUT : EPOLLIN, .data.fd = socket};
 
     if (wanted == server->writable_wanted)
@@ -203,7 +195,7 @@ static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
     if (n < 0 && errno != EINTR)
         return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
     for (int i = 0; i < n; i++)
-        if (events[i].data.fd != server->sender.socket && read(server->kick, &signals, sizeof signals) < 0)
+        if (events[i].data.fd != server->sender.stream.socket && read(server->kick, &signals, sizeof signals) < 0)
             return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
     return 0;
 }
