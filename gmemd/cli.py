@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("status", status, "Show what runs, how far it is, and what is stuck.")
     add_config(command)
     command.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's status socket")
-    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.add_argument("--json", action="store_true", help="one JSON object, or one a second with --watch")
     command.add_argument("--watch", action="store_true", help="go on showing it")
 
     command = add("abandon", abandon, "Give a migration up: its guest's memory stays incomplete.")

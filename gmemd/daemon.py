@@ -108,6 +108,7 @@ class Daemon:
         told = ""
         while True:
             await trio.sleep(STATUS_SECONDS)
+            status.sample(self.registry)
             if (now := status.one_line(self.registry)) != told:
                 self.notifier.status(now)
                 told = now

@@ -2,24 +2,36 @@
 
 import json
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from gmemd import status
+from gmemd.errors import DataError, UnavailableError
 
 REFRESH_SECONDS = 1.0
+BAR_WIDTH = 24
+LONG_WAIT_US = 1_000_000  # a page that takes longer is a trouble, no wait
+WAITS_SHOWN = 8
+THREADS_SHOWN = 8
+UNITS = [(1_000_000, "s"), (1_000, "ms")]
 
 
 def main(path: Path, *, as_json: bool, watch: bool) -> int:
-    """Shows it once, or until interrupted."""
-    answer = status.ask(path, {"command": "status"})
+    """Shows it once, or until interrupted: as JSON, one object a line."""
+    answer = _ask(path)
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(answer), flush=True)
+        while watch:
+            time.sleep(REFRESH_SECONDS)
+            print(json.dumps(_ask(path)), flush=True)
         return 0
     if not watch:
         Console().print(render(answer))
@@ -27,39 +39,121 @@ def main(path: Path, *, as_json: bool, watch: bool) -> int:
     with Live(render(answer), auto_refresh=False) as live:
         while True:
             time.sleep(REFRESH_SECONDS)
-            live.update(render(status.ask(path, {"command": "status"})), refresh=True)
+            live.update(_look(path), refresh=True)
+
+
+def _ask(path: Path) -> dict[str, Any]:
+    return status.ask(path, {"command": "status"})
+
+
+def _look(path: Path) -> RenderableType:
+    """Whoever watches wants to see the daemon come back after a restart."""
+    try:
+        return render(_ask(path))
+    except UnavailableError as error:
+        return Text(str(error), style="bold red")
 
 
 def render(answer: dict[str, Any]) -> RenderableType:
-    """All migrations."""
-    if not answer["migrations"]:
-        return Text("no migrations")
-    table = Table("migration", "phase", "received", "faults", "p50", "p99", "waiting", "lanes", box=None)
-    for m in answer["migrations"]:
-        latency = m["fault_latency_us"]
+    """All migrations, and those that have ended."""
+    try:
+        parts = [_migration(m) for m in answer["migrations"]]
+        if answer["finished"]:
+            parts.append(_finished(answer["finished"]))
+    except KeyError as error:
+        raise DataError(f"a daemon of another version that does not tell {error}; --json shows what it does") from None
+    return Group(*parts) if parts else Text("no migrations")
+
+
+def _migration(m: dict[str, Any]) -> RenderableType:
+    grid = Table.grid("", "", padding=(0, 2))
+    for name, value in _rows(m):
+        grid.add_row(Text(name, style="dim"), value)
+    troubles = [Text(line, style="bold red") for line in _troubles(m)]
+    return Group(_headline(m), grid, *troubles, Text())
+
+
+def _headline(m: dict[str, Any]) -> RenderableType:
+    line = Table.grid(padding=(0, 2))
+    eta = "" if m["eta_s"] is None or m["phase"] == "complete" else f"{timedelta(seconds=round(m['eta_s']))} left"
+    line.add_row(
+        Text(m["migration"], style="bold"),
+        m["phase"],
+        ProgressBar(total=m["pages"], completed=m["pages_received"], width=BAR_WIDTH),
+        f"{100 * m['progress']:.1f} % of {_size(m['memory_bytes'])}",
+        f"{_size(m['rate_bytes_per_s'])}/s",
+        eta,
+    )
+    return line
+
+
+def _rows(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    counters, latency = m["counters"], m["fault_latency_us"]
+    yield "faults", f"{counters['faults']}, {m['faults_per_s']:.0f}/s"
+    if counters["faults"]:
+        yield "latency", "  ".join(f"{name} {_time(latency[name])}" for name in ("p50", "p90", "p99", "p999", "max"))
+    lanes = " ".join("urgent" if lane == 0 else str(lane) for lane in m["lanes"]) or "none"
+    yield "lanes", f"{lanes}; recoveries {m['recoveries']}"
+    yield "way", f"trap {m['trap']}, populate {'+'.join(m['populate'])}"
+    for place, wait in enumerate(m["waits"][:WAITS_SHOWN]):
+        page = f"region {wait['region']}, page {wait['page']}"
+        yield "" if place else f"waits {counters['waits']}", f"{_time(wait['for_us'])}  {_thread(wait)}  {page}"
+    for place, thread in enumerate(m["threads"][:THREADS_SHOWN]):
+        text = f"{_time(thread['blocked_us'])} in {thread['waits']} waits, longest {_time(thread['longest_us'])}"
+        yield "" if place else "blocked", f"{_thread(thread)}  {text}"
+
+
+def _thread(told: dict[str, Any]) -> str:
+    if told["vcpu"]:
+        return f"vCPU {told['thread']}"
+    if not told["thread"]:
+        return "some thread"  # its userfaultfd was made without UFFD_FEATURE_THREAD_ID
+    return f"thread {told['thread']}{_name(told['thread'])}"
+
+
+def _name(thread: int) -> str:
+    """VMMs name their vCPU threads, and root may read that."""
+    try:
+        return f" ({Path(f'/proc/{thread}/comm').read_text().strip()})"
+    except OSError:
+        return ""
+
+
+def _time(us: float) -> str:
+    for size, unit in UNITS:
+        if us >= size:
+            return f"{us / size:.1f} {unit}"
+    return f"{us:.0f} µs"
+
+
+def _size(size: float) -> str:
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def _finished(ended: list[dict[str, Any]]) -> RenderableType:
+    table = Table("ended", "how", "memory", "ran incomplete", "faults", "p99", "recoveries", box=None)
+    for m in ended:
         table.add_row(
             m["migration"],
             m["phase"],
-            f"{100 * m['pages_received'] / m['pages']:.1f} %",
+            _size(m["memory_bytes"]),
+            f"{m['running_s']:.1f} s",
             str(m["counters"]["faults"]),
-            f"{latency['p50']:.0f} µs",
-            f"{latency['p99']:.0f} µs",
-            str(m["counters"]["waits"]),
-            str(len(m["lanes"])),
+            _time(m["fault_latency_us"]["p99"]),
+            str(m["recoveries"]),
         )
-    return Group(table, *(Text(line, style="bold red") for m in answer["migrations"] for line in _troubles(m)))
+    return table
 
 
-def _troubles(m: dict[str, Any]) -> list[str]:
-    lines = []
+def _troubles(m: dict[str, Any]) -> Iterator[str]:
     if m["stuck"]:
-        lines.append(f"{m['migration']}: {m['stuck']}")
+        yield m["stuck"]
     if m["link"] and not m["lanes"]:
-        lines.append(f"{m['migration']}: no source: {m['link']}")
-    lines += [
-        f"{m['migration']}: region {wait['region']}, page {wait['page']}: thread {wait['thread']} waits "
-        f"for {wait['for_us'] / 1e6:.1f} s"
-        for wait in m["waits"]
-        if wait["for_us"] > 1_000_000
-    ]
-    return lines
+        yield f"no source: {m['link']}"
+    if late := sum(wait["for_us"] > LONG_WAIT_US for wait in m["waits"]):
+        yield f"{late} of the guest's threads wait for more than {_time(LONG_WAIT_US)}"

@@ -4,6 +4,7 @@ A request is one line of JSON, the answer another.
 """
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -12,15 +13,20 @@ from typing import Any
 
 import trio
 
+from gmemd import __version__
 from gmemd.errors import DataError, UnavailableError
 from gmemd.migrate.destination import IncomingMigration, Phase
+from gmemd.native.destination import Blocked, Wait
+from gmemd.rates import Speed
 from gmemd.registry import Registry
 
 MAX_REQUEST = 4096
 MAX_ANSWER = 16 << 20
 TIMEOUT = 5.0
-# Waits that are told one by one; the rest are counted.
+MIB = 1 << 20
+# Waits that are told one by one, and threads that have waited, longest first; the rest are counted.
 WAITS_TOLD = 32
+THREADS_TOLD = 512
 
 
 def one_line(registry: Registry) -> str:
@@ -29,15 +35,25 @@ def one_line(registry: Registry) -> str:
     missing = sum(m.memory.pages - m.memory.received for m in running)
     stuck = sum(m.report.stuck is not None for m in running)
     text = f"{len(list(registry))} migrations, {len(running)} running, {missing} pages missing"
+    arriving = sum(_speed(m).arrived for m in registry)
+    if arriving >= MIB / 10:
+        text += f", {arriving / MIB:.1f} MiB/s"
     return f"{text}, {stuck} stuck" if stuck else text
 
 
+def sample(registry: Registry) -> None:
+    """To be called about once a second, so that there are rates to tell."""
+    for migration in registry:
+        migration.rates.take(*_counted(migration))
+
+
 def snapshot(migration: IncomingMigration) -> dict[str, Any]:
-    """One migration. Times end in `_us` or `_s`, sizes are bytes."""
+    """One migration. Times end in `_us` or `_s`, sizes are bytes. docs/operate.md has all keys."""
     now_ns = time.monotonic_ns()
     report = migration.report
     memory = migration.memory
     waits = migration.destination.waits()
+    speed = _speed(migration)
     end = report.completed or time.monotonic()
     return {
         "migration": migration.name,
@@ -47,6 +63,10 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "memory_bytes": memory.size,
         "pages": memory.pages,
         "pages_received": memory.received,
+        "progress": round(memory.received / memory.pages, 6),
+        "rate_bytes_per_s": round(speed.arrived),
+        "faults_per_s": round(speed.faults, 1),
+        "eta_s": _eta(migration, speed),
         "running_s": round(end - report.switched, 3) if report.switched else 0.0,
         "epoch": migration.epoch,
         "lanes": sorted(migration.session.lanes) if migration.session else [],
@@ -55,11 +75,58 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "link": report.link,
         "fault_latency_us": migration.destination.latency_us(),
         "waits": [
-            {"region": w.region, "page": w.page, "thread": w.thread, "for_us": (now_ns - w.since_ns) // 1000}
+            {
+                "region": w.region,
+                "page": w.page,
+                "thread": w.thread,
+                "vcpu": w.vcpu,
+                "for_us": (now_ns - w.since_ns) // 1000,
+            }
             for w in waits[:WAITS_TOLD]
         ],
+        "threads": _threads(migration, waits, now_ns)[:THREADS_TOLD],
         "counters": migration.destination.counters(),
     }
+
+
+def _counted(migration: IncomingMigration) -> tuple[int, int, int]:
+    counters = migration.destination.counters()
+    arrived = counters["urgent_bytes"] + counters["background_bytes"]
+    return migration.memory.received, arrived, counters["faults"]
+
+
+def _speed(migration: IncomingMigration) -> Speed:
+    return Speed() if migration.ended.is_set() else migration.rates.speed(*_counted(migration))
+
+
+def _eta(migration: IncomingMigration, speed: Speed) -> float | None:
+    """Seconds until nothing is missing, if all goes on as now; None if nothing comes."""
+    missing = migration.memory.pages - migration.memory.received
+    if not missing:
+        return 0.0
+    return round(missing / speed.pages, 1) if speed.pages else None
+
+
+def _threads(migration: IncomingMigration, waits: list[Wait], now_ns: int) -> list[dict[str, Any]]:
+    """How long each thread has been kept waiting, waits that go on included; longest first."""
+    since = {(wait.thread, wait.vcpu): wait.since_ns for wait in reversed(waits)}
+    threads = {(t.thread, t.vcpu): t for t in migration.destination.blocked()}
+    for key in since:
+        threads.setdefault(key, Blocked(*key, waits=0, blocked_ns=0, longest_ns=0))
+    told = []
+    for key, thread in threads.items():
+        waiting_ns = max(now_ns - since[key], 0) if key in since else 0
+        told.append(
+            {
+                "thread": thread.thread,
+                "vcpu": thread.vcpu,
+                "waits": thread.waits + (key in since),
+                "blocked_us": (thread.blocked_ns + waiting_ns) // 1000,
+                "longest_us": max(thread.longest_ns, waiting_ns) // 1000,
+                "waiting_us": waiting_ns // 1000,
+            }
+        )
+    return sorted(told, key=lambda thread: thread["blocked_us"], reverse=True)
 
 
 async def serve(stream: trio.SocketStream, registry: Registry) -> None:
@@ -92,6 +159,8 @@ def _answer(request: bytes, registry: Registry) -> dict[str, Any]:
         return {"error": "not a request"}
     if command == "status":
         return {
+            "version": __version__,
+            "pid": os.getpid(),
             "listen": registry.listen,
             "migrations": [snapshot(migration) for migration in registry],
             "finished": [ended.told for ended in registry.finished],

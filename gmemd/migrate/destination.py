@@ -15,6 +15,7 @@ from gmemd.migrate.session import Session
 from gmemd.migrate.tasks import open_tasks
 from gmemd.native.destination import Destination, Pager
 from gmemd.native.memory import Memory, Note
+from gmemd.rates import Rates
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class IncomingMigration:
         self.destination = Destination(memory, trace=trace)
         self.phase = Phase.WAITING
         self.report = Report()
+        self.rates = Rates()
         self.state: bytes | None = None  # the VMM's own, until the VMM has it
         self.session: Session | None = None
         self.token = b""  # of the latest session

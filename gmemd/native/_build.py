@@ -21,6 +21,7 @@ HEADERS = [
     "trace.h",
     "trace_code.h",
     "waits.h",
+    "blocked.h",
     "destination.h",
     "lane.h",
     "pager.h",

@@ -24,6 +24,7 @@ struct gm_destination *gm_destination_new(struct gm_memory *m, uint32_t trace_re
     d->kick_fd = -1;
     d->vcpu_socket = -1;
     gm_waits_init(&d->waits);
+    gm_blocked_init(&d->blocked);
     pthread_mutex_init(&d->lock, NULL);
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->trace = trace_records ? gm_trace_new(trace_records) : NULL;
@@ -43,6 +44,7 @@ void gm_destination_free(struct gm_destination *d)
         close(d->event_fd);
     gm_trace_free(d->trace);
     gm_waits_deinit(&d->waits);
+    gm_blocked_deinit(&d->blocked);
     pthread_mutex_destroy(&d->lock);
     free(d);
 }
@@ -140,6 +142,11 @@ unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, uns
     return gm_waits_list(&d->waits, out, most);
 }
 
+unsigned gm_destination_blocked(struct gm_destination *d, struct gm_blocked_thread *out, unsigned most)
+{
+    return gm_blocked_list(&d->blocked, out, most);
+}
+
 struct gm_trace *gm_destination_trace(struct gm_destination *d)
 {
     return d->trace;
@@ -150,7 +157,10 @@ void gm_destination_end_waits(struct gm_destination *d, const struct gm_region *
     struct gm_wait wait;
 
     while (gm_waits_take(&d->waits, r->index, first, count, &wait)) {
-        gm_histogram_record(&d->latency, gm_now_ns() - wait.since_ns);
+        uint64_t now = gm_now_ns();
+
+        gm_histogram_record(&d->latency, now - wait.since_ns);
+        gm_blocked_add(&d->blocked, &wait, now);
         if (wait.vcpu)
             gm_vcpus_answer(d, r, &wait);
     }

@@ -7,6 +7,7 @@
 #ifndef GM_DESTINATION_H
 #define GM_DESTINATION_H
 
+#include "blocked.h"
 #include "histogram.h"
 #include "memory.h"
 #include "problem.h"
@@ -45,6 +46,8 @@ uint32_t gm_destination_events(struct gm_destination *d, struct gm_problem *ret)
 void gm_destination_counters(const struct gm_destination *d, struct gm_counters *out);
 const struct gm_histogram *gm_destination_latency(const struct gm_destination *d);
 unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, unsigned most);
+/* How long each thread has waited, without waits that have not ended. */
+unsigned gm_destination_blocked(struct gm_destination *d, struct gm_blocked_thread *out, unsigned most);
 struct gm_trace *gm_destination_trace(struct gm_destination *d);
 
 /* vCPUs ask on this SOCK_SEQPACKET socket, and are answered on it (docs/handoff.md). Before the pager has the destination. */
@@ -72,6 +75,7 @@ struct gm_destination {
     struct gm_memory *memory;
     struct gm_waits waits;
     struct gm_histogram latency;
+    struct gm_blocked blocked;
     struct gm_trace *trace;
     /* How many are between reading events and having acted upon them; see install.c. */
     _Atomic uint64_t reading;

@@ -9,6 +9,7 @@ from gmemd.native._native import ffi, lib
 from gmemd.native.memory import Memory
 
 TRACE_RECORDS = 1 << 14  # faults between two looks of the event loop: 400 KiB, half a second at 30 000 a second
+BOUNDS_NS = [lib.gm_histogram_bound(i) for i in range(lib.GM_BUCKETS)]  # lower bounds of a histogram's buckets
 PERCENTILES = {"p50": 500_000, "p90": 900_000, "p99": 990_000, "p999": 999_000}  # parts per million
 
 
@@ -34,6 +35,25 @@ class Wait:
     thread: int
     since_ns: int
     vcpu: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """How long a thread has waited for pages, over all of its waits that have ended. `thread` as in a Wait."""
+
+    thread: int
+    vcpu: bool
+    waits: int
+    blocked_ns: int
+    longest_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many values fell between each two of BOUNDS_NS, and what all values add up to."""
+
+    counts: list[int]
+    sum_ns: int
 
 
 class Destination:
@@ -100,6 +120,20 @@ class Destination:
         found = lib.gm_destination_waits(self.native, out, lib.GM_MAX_WAITS)
         waits = [Wait(w.region, w.page, w.thread, w.since_ns, bool(w.vcpu)) for w in out[0:found]]
         return sorted(waits, key=lambda wait: wait.since_ns)
+
+    def blocked(self) -> list[Blocked]:
+        """The threads that have waited, by how long, longest first."""
+        out = ffi.new("struct gm_blocked_thread[]", lib.GM_MAX_THREADS)
+        found = lib.gm_destination_blocked(self.native, out, lib.GM_MAX_THREADS)
+        threads = [Blocked(t.thread, bool(t.vcpu), t.waits, t.blocked_ns, t.longest_ns) for t in out[0:found]]
+        return sorted(threads, key=lambda thread: thread.blocked_ns, reverse=True)
+
+    def histogram(self) -> Histogram:
+        """The same in full, for metrics."""
+        histogram = lib.gm_destination_latency(self.native)
+        counts = ffi.new("uint64_t[]", lib.GM_BUCKETS)
+        lib.gm_histogram_counts(histogram, counts)
+        return Histogram(list(counts), lib.gm_histogram_sum_ns(histogram))
 
     def trace(self) -> tuple[bytes, int]:
         """Faults since the last call as `struct gm_trace_record`s, and how many found no room."""
