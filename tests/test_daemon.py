@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,16 +11,10 @@ from support.polling import eventually
 from support.source import Result, SourceProcess, guest_content
 from support.vmm import PAGE, Vmm
 
+pytest_plugins = ["support.daemon_fixtures"]
+
 PAGES = 512
 LONGER_THAN_SILENCE_IS_BORNE = 1.3
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log.read_text()
 
 
 @pytest.fixture

@@ -1,37 +1,22 @@
 """What a daemon costs: nothing while nothing faults, and bitmaps for a guest of any size."""
 
 import os
-import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.daemon import DaemonProcess
-from support.source import SourceProcess, guest_content, memory_file
+from support.daemon_fixtures import COUNT
+from support.source import SourceProcess, memory_file
 from support.vmm import PAGE, Vmm
 
-COUNT = 64
+pytest_plugins = ["support.daemon_fixtures"]
+
 TIB = 1 << 40
 # What an idle daemon may use of the processor in a second: some timers, and one tick of rounding.
 IDLE_CPU_SECONDS = 0.02
 BASE_KIB = 60 << 10
 BITMAP_KIB = 64 << 10  # of a guest of 1 TiB
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log.read_text()
-
-
-@pytest.fixture
-def content(tmp_path: Path, rng: random.Random) -> bytes:
-    content = guest_content(rng, COUNT)
-    (tmp_path / "memory").write_bytes(content)
-    return content
 
 
 def test_an_idle_daemon_uses_no_processor(daemon: DaemonProcess, tmp_path: Path, content: bytes) -> None:

@@ -6,34 +6,20 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
+from support.daemon_fixtures import COUNT
 from support.polling import PATIENCE, eventually
 from support.rawsource import RawSource
-from support.source import SourceProcess, guest_content
+from support.source import SourceProcess
 from support.vmm import PAGE, Vmm
 
-COUNT = 64
+pytest_plugins = ["support.daemon_fixtures"]
+
 REGIONS = [[0, COUNT, 12]]
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log.read_text()
-
-
-@pytest.fixture
-def content(tmp_path: Path, rng: random.Random) -> bytes:
-    content = guest_content(rng, COUNT)
-    (tmp_path / "memory").write_bytes(content)
-    return content
 
 
 def test_given_up_by_an_operator(daemon: DaemonProcess, tmp_path: Path, content: bytes) -> None:

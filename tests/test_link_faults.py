@@ -1,7 +1,6 @@
 """Connections that break or stand still at chosen bytes, and senders that are killed: every page arrives, right."""
 
 import random
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -18,17 +17,11 @@ from support.vmm import PAGE, Vmm
 
 from gmemd.migrate import wire
 
+pytest_plugins = ["support.daemon_fixtures"]
+
 PAGES = 600
 UP, DOWN = Way.UP, Way.DOWN
 NUMBERS = count()
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log.read_text()
 
 
 class Migration:
