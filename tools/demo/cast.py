@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import trio
 
 from gmemd.errors import UnavailableError
-from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import Process, Stage
+from gmemd_tools.network.link import Link
 
 READY_SECONDS = 60.0  # Python starts in 5 s in an emulated machine, on a host that does nothing else
 # Longer than it takes both ends to find a stalled link dead.

@@ -5,6 +5,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
-from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.options import check
 from gmemd_tools.demo.plan import MIGRATION, Plan
 from gmemd_tools.demo.processes import open_stage
+from gmemd_tools.network import conditions as network
+from gmemd_tools.network.conditions import Conditions
+from gmemd_tools.network.link import Link
+from gmemd_tools.network.trouble import Troubles
 
 LOOK_SECONDS = 0.05
 MAX_VCPUS = 8
@@ -31,12 +35,12 @@ Event = dict[str, Any]
 
 def main(options: argparse.Namespace) -> int:
     """Runs it. Returns 0 only if every page was verified, by the guest and against the source."""
-    injections = _check(options)
+    injections, conditions = _check(options)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="gmemd-demo-") as directory:
         plan = Plan(options, Path(directory), rate=options.memory_bytes // SECONDS if injections else 0)
         try:
-            summary = trio.run(_run, plan, injections, console)
+            summary = trio.run(_run, plan, injections, conditions, console)
         except GmemdError as error:
             if not options.json:
                 raise
@@ -49,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     return 0 if summary["ok"] else UnavailableError.exit_code
 
 
-def _check(options: argparse.Namespace) -> list[Injection]:
+def _check(options: argparse.Namespace) -> tuple[list[Injection], Conditions]:
     try:
         options.memory_bytes = config.parse_size(options.memory)
     except ValueError as error:
@@ -57,17 +61,21 @@ def _check(options: argparse.Namespace) -> list[Injection]:
     if not 1 <= options.vcpus <= MAX_VCPUS:
         raise UsageError(f"--vcpus {options.vcpus}: 1 to {MAX_VCPUS}")
     check(options)
-    return parse(options.inject)
+    conditions = network.parse(options.network or "", options.seed)
+    if conditions.kernel:
+        raise UsageError("--network by=kernel: gmemd-replay run only")
+    return parse(options.inject), conditions
 
 
-async def _run(plan: Plan, injections: list[Injection], console: Console) -> Event:
+async def _run(plan: Plan, injections: list[Injection], conditions: Conditions, console: Console) -> Event:
     show = view.Live(console, quiet=plan.options.json or not sys.stderr.isatty())
     async with open_stage(plan.directory) as stage, open_tasks() as tasks:
         with show:
             demo = Demo(Cast(plan, stage), show)
-            if injections:
-                demo.cast.link = Link(plan.port)
-                await tasks.serve(demo.cast.link.run)
+            if injections or plan.options.network:
+                link = demo.cast.link = Link(plan.port, conditions)
+                await tasks.serve(link.run)
+                Troubles(conditions, link, demo.others()).start(tasks)
             summary = await demo.run(injections)
         tasks.stop()
     return summary
@@ -111,13 +119,16 @@ class Demo:
             self.events["done"] = await destination.event("done")
             tasks.stop()
 
+    def others(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What can befall the processes at either end of a network."""
+        return {"daemon-kill": self.cast.kill_daemon, "source-kill": self.cast.kill_sender}
+
     def _actions(self) -> dict[str, Any]:
         return {
             "link-cut": self.cast.cut,
             "link-stall": self.cast.stall,
-            "daemon-kill": self.cast.kill_daemon,
             "daemon-restart": self.cast.restart_daemon,
-            "source-kill": self.cast.kill_sender,
+            **self.others(),
         }
 
     async def _arrived(self) -> float:

@@ -34,6 +34,11 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=1, metavar="N")
     command.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
     command.add_argument(
+        "--network",
+        metavar="CONDITIONS",
+        help="a bad network between the two, as latency=5ms,jitter=1ms,rate=100M,cut@~2s (docs/network.md)",
+    )
+    command.add_argument(
         "--inject",
         action="append",
         default=[],

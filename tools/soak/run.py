@@ -18,10 +18,10 @@ from gmemd import holder, notify, status
 from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd_tools.demo.cast import Cast
-from gmemd_tools.demo.link import Link
 from gmemd_tools.demo.options import usual
 from gmemd_tools.demo.plan import MIGRATION, Plan
 from gmemd_tools.demo.processes import Process, open_stage
+from gmemd_tools.network.link import Link
 from gmemd_tools.soak.faults import Fault, draw
 
 LOOK_SECONDS = 0.01

@@ -1,0 +1,1 @@
+"""A bad network between a source and a destination on one host."""
