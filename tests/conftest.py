@@ -22,6 +22,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from gmemd.errors import GmemdError
+from gmemd.native import check, lib
+
 # From the lowest up. A module belongs to the layer whose pattern fits what follows `test_` in its name.
 LAYERS = {
     "native": "native",
@@ -33,6 +36,7 @@ LAYERS = {
     "package": "packaging",
 }
 REST = "process"
+WITHOUT_GUESTS = {"base", "wire"}
 DEADLINE = 60.0  # seconds for an async test; most take milliseconds
 LEAVING = 1.0  # seconds that a thread may stay on the kernel's list after it was joined
 FAILED = pytest.StashKey[bool]()
@@ -55,6 +59,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"deadline(seconds): an async test that may take over {DEADLINE:g} s")
     config.stash[SPENT] = defaultdict(float)
     os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Without a userfaultfd that takes the kernel's faults, hardly anything could be shown: that is said at once."""
+    if not set(session.config.getoption("--layer") or LAYERS) - WITHOUT_GUESTS:
+        return
+    try:
+        os.close(check(lib.gm_uffd_open, 0))
+    except GmemdError as error:
+        advice = "be root, or have the rights that `gmemd doctor` names; or run --layer base --layer wire alone"
+        pytest.exit(f"these tests handle faults of guests: {error}: {advice}", os.EX_UNAVAILABLE)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -52,12 +52,12 @@ def test_bad_tests_fail(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
     (tmp_path / "pyproject.toml").write_text((here.parent / "pyproject.toml").read_text())
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_bad.py").write_text(BAD_TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
+    (tmp_path / "tests/test_errors.py").write_text(BAD_TESTS)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--layer", "base"]
     environ = os.environ | {"COLUMNS": "300"}
     run = subprocess.run(command, cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=60)
     report = run.stdout
-    results = dict(re.findall(r"^(?:FAILED|ERROR) tests/test_bad.py::(\w+) - (.*)$", report, re.MULTILINE))
+    results = dict(re.findall(r"^(?:FAILED|ERROR) tests/test_errors.py::(\w+) - (.*)$", report, re.MULTILINE))
     assert set(results) == {
         "test_warns",
         "test_does_not_warn",

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gmemd.errors import DataError, GmemdError, UnavailableError
-from gmemd.native import check, ffi, lib
+from gmemd.errors import DataError, UnavailableError
+from gmemd.native import ffi, lib
 from gmemd.native.memory import Region
 from gmemd.trace import RECORD, TraceWriter, segments
 from gmemd_tools.demo.processes import Process, Stage
@@ -65,16 +65,6 @@ def command() -> Command:
         return subprocess.run(words, text=True, capture_output=True, timeout=60)
 
     return run
-
-
-@pytest.fixture
-def require_userfaultfd() -> Iterator[None]:
-    try:
-        fd = check(lib.gm_uffd_open, 0)
-    except GmemdError as error:
-        pytest.skip(str(error))
-    with open(fd, "rb"):
-        yield
 
 
 # Traces.
@@ -190,9 +180,8 @@ def test_mistakes(command: Command, arguments: list[str], code: int, said: str) 
 
 
 @pytest.fixture
-def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
+def guest() -> Iterator[Guest]:
     """One whose destination has its content from the beginning."""
-    request.getfixturevalue("require_userfaultfd")
     with Guest([region(64), region(16, gpa=1 << 20)], seed=5) as guest:
         guest.sent, guest.received = guest.received, guest.sent
         guest.fill()
@@ -269,7 +258,6 @@ def only(recording: Recording, threads: set[int]) -> None:
     recording.records = bytearray(b"".join(RECORD.pack(*record) for record in recording if record[2] in threads))
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 def test_run(made: Callable[..., Path], command: Command) -> None:
     trace = made("zipf", faults=4000)
     ended = command("run", "--json", "--flat-out", trace)
@@ -287,7 +275,6 @@ def test_run(made: Callable[..., Path], command: Command) -> None:
     assert told["faults_per_s"] == pytest.approx(told["faults"] / told["duration_us"] * 1e6, rel=0.01)
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 def test_replay_of_a_recording_of_a_replay(tmp_path: Path, made: Callable[..., Path]) -> None:
     """Where nothing comes unasked, every thread faults on the same pages in the same order each time."""
     first = load([made("sequential", pages=2048, threads=2, faults=1500)])
@@ -306,7 +293,6 @@ def test_replay_of_a_recording_of_a_replay(tmp_path: Path, made: Callable[..., P
         only(recording, set(pages))
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 def test_replay_at_the_recorded_pace_with_several_regions(tmp_path: Path) -> None:
     regions = [region(100), region(3, gpa=1 << 30), region(1000, gpa=1 << 40)]
     pages = [(step % 3, step % regions[step % 3].pages) for step in range(1000)]
@@ -316,7 +302,6 @@ def test_replay_at_the_recorded_pace_with_several_regions(tmp_path: Path) -> Non
     assert told["duration_us"] >= 2 * told["recorded_us"] - 1000
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 def test_wrong_memory_is_found(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fill = Guest.fill
 
@@ -331,7 +316,6 @@ def test_wrong_memory_is_found(made: Callable[..., Path], monkeypatch: pytest.Mo
         replay(load([made("sequential")]), Setup(speed=None))
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 def test_daemon_that_refuses_its_settings(made: Callable[..., Path], command: Command) -> None:
     ended = command("run", made("random"), "--set", "paging.pol_us=0")
     assert ended.returncode == UnavailableError.exit_code
@@ -339,7 +323,6 @@ def test_daemon_that_refuses_its_settings(made: Callable[..., Path], command: Co
     assert "the nearest is poll_us in [paging]" in ended.stderr
 
 
-@pytest.mark.usefixtures("require_userfaultfd")
 @pytest.mark.parametrize("victim", ["daemon", "source"])
 def test_process_that_dies_ends_the_replay(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, victim: str
