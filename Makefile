@@ -88,6 +88,11 @@ dist: $(INSTALLED) ## sdist and wheel in dist/
 test-timing: $(INSTALLED) ## what compares rates, and so needs a host with nothing else to do
 	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py $(ARGS)
 
+.PHONY: test-metrics
+test-metrics: $(INSTALLED) ## the scrape by a real Prometheus, which is installed for it
+	tools/lab/need prometheus
+	$(BIN)/pytest tests/test_metrics.py $(ARGS)
+
 .PHONY: clean
 clean: ## removes all that was made here
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json

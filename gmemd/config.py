@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -143,6 +143,26 @@ def directory(value: object) -> Path | None:
     return Path(path) if path else None
 
 
+def near(value: object) -> Path | Address | None:
+    """Where only this host reaches: there is nothing that would check who asks."""
+    where = text(value)
+    if not where:
+        return None
+    if where.startswith("/"):
+        return socket_path(where)
+    address = parse_address(where)
+    if not is_loopback(address.host):
+        raise ValueError("must be a path, or a loopback address with its port, such as 127.0.0.1:9575")
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def mode(value: object) -> int:
     if re.fullmatch("0?[0-7]{3}", text(value)) is None:
         raise ValueError("must be permissions as an octal number, such as 0660")
@@ -154,17 +174,20 @@ DIRECTORY = Kind(directory, lambda path: quote(path or ""))
 MODE = Kind(mode, lambda bits: quote(f"{bits:04o}"))
 FLAG = Kind(boolean, lambda value: str(value).lower())
 TEXT = Kind(text)
+NEAR = Kind(near, lambda where: quote(where or ""))
 ADDRESS = Kind(lambda value: parse_address(text(value)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Daemon:
-    """The daemon's sockets on this host, where no socket unit hands them in. The group "" changes nothing."""
+    """The daemon's sockets on this host, where no socket unit hands them in. The group "" changes nothing, and
+    `metrics` is None for nowhere."""
 
     socket: Annotated[Path, SOCKET_PATH] = Path("/run/gmemd/gmemd.sock")
     status_socket: Annotated[Path, SOCKET_PATH] = Path("/run/gmemd/status.sock")
     socket_mode: Annotated[int, MODE] = 0o660
     socket_group: Annotated[str, TEXT] = ""
+    metrics: Annotated[Path | Address | None, NEAR] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 import trio
 
 from gmemd import holder, notify, status
-from gmemd.config import Config
+from gmemd.config import Address, Config
 from gmemd.errors import ConfigError, DataError, UnavailableError
 from gmemd.handoff import Descriptors
 from gmemd.keeping import Kept, sort_out, take_ends
 from gmemd.listen import take_descriptors
+from gmemd.metrics import collect
 from gmemd.migrate.link import LinkSettings
 from gmemd.native.destination import Pager
 from gmemd.populate import Chooser
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 64
 STATUS_SECONDS = 1.0
+
+Serve = Callable[[trio.socket.SocketType], Awaitable[None]]
 
 
 class Daemon:
@@ -113,7 +116,7 @@ class Daemon:
                 self.notifier.status(now)
                 told = now
 
-    def _listeners(self) -> list[tuple[trio.socket.SocketType, Callable[[trio.socket.SocketType], Awaitable[None]]]]:
+    def _listeners(self) -> list[tuple[trio.socket.SocketType, Serve]]:
         """What was handed in by name, or else what the configuration says."""
         config = self.config.daemon
 
@@ -122,19 +125,21 @@ class Daemon:
             sock.setblocking(False)
             return trio.socket.from_stdlib_socket(sock)
 
-        return [
+        listeners: list[tuple[trio.socket.SocketType, Serve]] = [
             (take("handoff", lambda: self._unix(config.socket, socket.SOCK_SEQPACKET)), self._serve_vmm),
-            (take("source", self._tcp), self._serve_source),
+            (take("source", lambda: _tcp(self.config.network.listen)), self._serve_source),
             (take("status", lambda: self._unix(config.status_socket, socket.SOCK_STREAM)), self._serve_status),
         ]
+        if config.metrics or "metrics" in self._handed:
+            from gmemd.scrape import Scrapes  # only where it is wanted
 
-    def _tcp(self) -> socket.socket:
-        host, port = self.config.network.listen
-        try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            raise UnavailableError(f"cannot listen on {self.config.network.listen}: {error.strerror}") from None
+            scrapes = Scrapes(lambda: collect(self.registry, self.pager.turns))
+            listeners.append((take("metrics", lambda: self._near(config.metrics)), scrapes.serve))
+        return listeners
+
+    def _near(self, where: Path | Address | None) -> socket.socket:
+        assert where is not None
+        return _tcp(where) if isinstance(where, Address) else self._unix(where, socket.SOCK_STREAM)
 
     def _unix(self, path: Path, kind: socket.SocketKind) -> socket.socket:
         config = self.config.daemon
@@ -155,9 +160,7 @@ class Daemon:
             raise UnavailableError(f"cannot listen on {path}: {error.strerror or error}") from None
         return sock
 
-    async def _accept(
-        self, listener: trio.socket.SocketType, serve: Callable[[trio.socket.SocketType], Awaitable[None]]
-    ) -> None:
+    async def _accept(self, listener: trio.socket.SocketType, serve: Serve) -> None:
         with listener:
             while True:
                 try:
@@ -170,9 +173,7 @@ class Daemon:
                     continue
                 self._connections.start_soon(self._isolated, serve, connection)
 
-    async def _isolated(
-        self, serve: Callable[[trio.socket.SocketType], Awaitable[None]], connection: trio.socket.SocketType
-    ) -> None:
+    async def _isolated(self, serve: Serve, connection: trio.socket.SocketType) -> None:
         """A bug that one connection meets must not take the guests of the others with it."""
         try:
             await serve(connection)
@@ -200,6 +201,14 @@ class Daemon:
 
     async def _serve_status(self, connection: trio.socket.SocketType) -> None:
         await status.serve(trio.SocketStream(connection), self.registry)
+
+
+def _tcp(address: Address) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {address}: {error.strerror}") from None
 
 
 def _name(listener: trio.socket.SocketType) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -58,6 +58,7 @@ class Registry:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.listen = ""  # where sources come to
+        self.ended: Counter[str] = Counter()  # by phase, those before us that are remembered included
         self.finished: deque[Finished] = deque(maxlen=FINISHED)
         self._names: set[str] = set()
         self._migrations: dict[str, IncomingMigration] = {}
@@ -70,6 +71,7 @@ class Registry:
         """Keeps in mind how one ended; returns the one that is forgotten for it."""
         oldest = self.finished[0] if len(self.finished) == FINISHED else None
         self.finished.append(ended)
+        self.ended[ended.phase] += 1
         return oldest
 
     def find_finished(self, name: str) -> Finished | None:

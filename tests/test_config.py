@@ -53,6 +53,9 @@ MISTAKES = {
     "[network]\nheartbeat = nan": "[network] heartbeat = NaN: must be a number of seconds from 0.01 to 10",
     "[network]\nheartbeat = true": "[network] heartbeat = true: must be a number of seconds from 0.01 to 10",
     "[network]\nheartbeat = 0.6": "[network] dead_after = 1.0: must be at least 2 times heartbeat",
+    '[daemon]\nmetrics = "0.0.0.0:9575"': '[daemon] metrics = "0.0.0.0:9575": must be a path, or a loopback address',
+    '[daemon]\nmetrics = "example.org:9575"': 'metrics = "example.org:9575": must be a path, or a loopback address',
+    '[daemon]\nmetrics = "9575"': 'metrics = "9575": must be host:port',
     '[network]\nlisten = "::1:7"': '[network] listen = "::1:7": must be host:port, with',
     "[network]\nmax_connections = 0": "[network] max_connections = 0: must be a whole number from 1 to 65536",
     "[limits]\nregions = 1.0": "[limits] regions = 1.0: must be a whole number from 1 to 1024",
@@ -129,7 +132,7 @@ def test_dump_is_read_back(text: str, size: int, seconds: float, mode: int, addr
     default = Config()
     config = replace(
         default,
-        daemon=replace(default.daemon, socket_group=text, socket_mode=mode),
+        daemon=replace(default.daemon, socket_group=text, socket_mode=mode, metrics=Address("::1", size % 65536)),
         network=replace(default.network, listen=address, heartbeat=0.01, dead_after=seconds),
         limits=replace(default.limits, state=size),
         trace=replace(default.trace, directory=Path("/" + text)),

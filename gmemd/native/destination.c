@@ -137,6 +137,11 @@ const struct gm_histogram *gm_destination_latency(const struct gm_destination *d
     return &d->latency;
 }
 
+const struct gm_histogram *gm_destination_installing(const struct gm_destination *d)
+{
+    return &d->installing;
+}
+
 unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, unsigned most)
 {
     return gm_waits_list(&d->waits, out, most);

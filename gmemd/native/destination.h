@@ -45,6 +45,8 @@ int gm_destination_event_fd(const struct gm_destination *d);
 uint32_t gm_destination_events(struct gm_destination *d, struct gm_problem *ret);
 void gm_destination_counters(const struct gm_destination *d, struct gm_counters *out);
 const struct gm_histogram *gm_destination_latency(const struct gm_destination *d);
+/* From an urgent frame's coming to its pages being mapped. */
+const struct gm_histogram *gm_destination_installing(const struct gm_destination *d);
 unsigned gm_destination_waits(struct gm_destination *d, struct gm_wait *out, unsigned most);
 /* How long each thread has waited, without waits that have not ended. */
 unsigned gm_destination_blocked(struct gm_destination *d, struct gm_blocked_thread *out, unsigned most);
@@ -74,7 +76,8 @@ struct gm_ask {
 struct gm_destination {
     struct gm_memory *memory;
     struct gm_waits waits;
-    struct gm_histogram latency;
+    struct gm_histogram latency;    /* of faults, from the message to the page being mapped */
+    struct gm_histogram installing; /* of that, what came after the page did */
     struct gm_blocked blocked;
     struct gm_trace *trace;
     /* How many are between reading events and having acted upon them; see install.c. */

@@ -128,12 +128,11 @@ class Destination:
         threads = [Blocked(t.thread, bool(t.vcpu), t.waits, t.blocked_ns, t.longest_ns) for t in out[0:found]]
         return sorted(threads, key=lambda thread: thread.blocked_ns, reverse=True)
 
-    def histogram(self) -> Histogram:
-        """The same in full, for metrics."""
-        histogram = lib.gm_destination_latency(self.native)
-        counts = ffi.new("uint64_t[]", lib.GM_BUCKETS)
-        lib.gm_histogram_counts(histogram, counts)
-        return Histogram(list(counts), lib.gm_histogram_sum_ns(histogram))
+    def histograms(self) -> dict[str, Histogram]:
+        """How long faults took by stage: the whole, and from the page's coming to it being mapped."""
+        whole = lib.gm_destination_latency(self.native)
+        install = lib.gm_destination_installing(self.native)
+        return {"whole": _histogram(whole), "install": _histogram(install)}
 
     def trace(self) -> tuple[bytes, int]:
         """Faults since the last call as `struct gm_trace_record`s, and how many found no room."""
@@ -144,6 +143,12 @@ class Destination:
     def close(self) -> None:
         """Frees it. No pager and no lane may use it any more."""
         ffi.release(self.native)
+
+
+def _histogram(native: Any) -> Histogram:
+    counts = ffi.new("uint64_t[]", lib.GM_BUCKETS)
+    lib.gm_histogram_counts(native, counts)
+    return Histogram(list(counts), lib.gm_histogram_sum_ns(native))
 
 
 class Lane:
@@ -182,6 +187,15 @@ class Pager:
 
     def stop(self) -> None:
         lib.gm_pager_stop(self.native)
+
+    @property
+    def turns(self) -> int:
+        """How often it has looked for work and done all that it found."""
+        return int(lib.gm_pager_turns(self.native))
+
+    def turn(self) -> None:
+        """Has it do so once more, without waiting for it."""
+        lib.gm_pager_turn(self.native)
 
     def add(self, destination: Destination) -> None:
         """From now on the pager reads the destination's faults."""

@@ -23,6 +23,7 @@
  */
 #include "install.h"
 
+#include "clock.h"
 #include "guard.h"
 #include "kill_point.h"
 #include "memfile.h"
@@ -66,6 +67,7 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
         .slot = &d->memory->state->inflight[lane],
         .first = first,
         .count = count,
+        .began_ns = lane ? 0 : gm_now_ns(),
     };
     wait_for_events(d);
     atomic_store(&in->slot->removed, 0);
@@ -192,16 +194,13 @@ static bool map_run(struct gm_destination *d, struct gm_region *r, uint64_t firs
     return all;
 }
 
-void gm_install_finish(struct gm_install *in)
+/* Wakes who waits. */
+static void map_claimed(struct gm_install *in)
 {
     struct gm_destination *d = in->destination;
     bool all = true;
     unsigned run;
 
-    drop_removed(in);
-    gm_kill_point("populated", 0);
-    mark(in, in->claimed);
-    gm_kill_point("marked", 0);
     /* vCPUs that ask by bit need no mapping: only who waits in the kernel does. */
     if (in->region->userfault && !gm_waits_any(&d->waits))
         return;
@@ -210,6 +209,17 @@ void gm_install_finish(struct gm_install *in)
     gm_kill_point("continued", 0);
     if (!all && gm_waits_any(&d->waits))
         gm_destination_kick(d);
+}
+
+void gm_install_finish(struct gm_install *in)
+{
+    drop_removed(in);
+    gm_kill_point("populated", 0);
+    mark(in, in->claimed);
+    gm_kill_point("marked", 0);
+    map_claimed(in);
+    if (in->began_ns)
+        gm_histogram_record(&in->destination->installing, gm_now_ns() - in->began_ns);
 }
 
 void gm_install_give_up(struct gm_install *in)

@@ -12,6 +12,7 @@ struct gm_install {
     uint64_t first;
     unsigned count;
     uint64_t claimed;
+    uint64_t began_ns; /* on the urgent lane, else 0 */
 };
 
 /* Announces the frame in the lane's slot and claims its missing pages. */

@@ -31,6 +31,7 @@ struct gm_pager {
     int epoll, kick;
     _Atomic bool stop;
     _Atomic unsigned wanted;
+    _Atomic uint64_t turns;
     pthread_mutex_t lock;
     struct gm_port *ports;
     uint64_t next_id;
@@ -408,8 +409,19 @@ int gm_pager_run(struct gm_pager *p, struct gm_problem *ret)
         for (int i = 0; i < n; i++)
             take(p, &events[i]);
         settle(p, &next);
+        atomic_fetch_add_explicit(&p->turns, 1, memory_order_relaxed);
     }
     return 0;
+}
+
+uint64_t gm_pager_turns(const struct gm_pager *p)
+{
+    return atomic_load_explicit(&p->turns, memory_order_relaxed);
+}
+
+void gm_pager_turn(struct gm_pager *p)
+{
+    kick(p);
 }
 
 void gm_pager_stop(struct gm_pager *p)

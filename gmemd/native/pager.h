@@ -23,6 +23,10 @@ void gm_pager_free(struct gm_pager *p);
 /* Runs until gm_pager_stop(). Call it in a thread of its own. */
 int gm_pager_run(struct gm_pager *p, struct gm_problem *ret);
 void gm_pager_stop(struct gm_pager *p);
+/* How often it has looked for work and done all that it found. */
+uint64_t gm_pager_turns(const struct gm_pager *p);
+/* Has it do so once more. Does not wait for it: it may hang. */
+void gm_pager_turn(struct gm_pager *p);
 
 /* From when it is added until it is removed, the pager reads the destination's userfaultfds. */
 int gm_pager_add(struct gm_pager *p, struct gm_destination *d, struct gm_problem *ret);

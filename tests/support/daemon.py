@@ -18,6 +18,7 @@ CONFIG = """
 [daemon]
 socket = "{folder}/gmemd.sock"
 status_socket = "{folder}/status.sock"
+{sockets}
 [network]
 listen = "127.0.0.1:0"
 """
@@ -67,14 +68,15 @@ class DaemonProcess:
         settings: str = "",
         *,
         handed: Mapping[str, int] | None = None,
+        sockets: str = "",
     ) -> None:
-        """`handed`: listening sockets by name, as a service manager hands them in."""
+        """`handed`: listening sockets by name, as a service manager hands them in; `sockets`: more keys of [daemon]."""
         handed = handed or {}
         self.folder = folder
         self.socket = folder / "gmemd.sock"
         self.status_socket = folder / "status.sock"
         self.config = folder / "gmemd.toml"
-        self.config.write_text(CONFIG.format(folder=folder) + settings)
+        self.config.write_text(CONFIG.format(folder=folder, sockets=sockets) + settings)
         self.log = folder / "daemon.log"
         self.manager = Manager(folder / "notify")
         with self.log.open("ab") as log:
