@@ -65,6 +65,12 @@ class RefusedError(GmemdError):
     exit_code = os.EX_PROTOCOL
 
 
+class UntrustedError(RefusedError):
+    """One end has not shown the other that it is who it should be. The operator of one of them mends it."""
+
+    exit_code = os.EX_NOPERM
+
+
 class LinkError(GmemdError):
     """A connection broke, stalled or could not be made. Trying again is the right thing."""
 

@@ -22,6 +22,7 @@ HEADERS = [
     "trace_code.h",
     "waits.h",
     "blocked.h",
+    "tls.h",
     "destination.h",
     "lane.h",
     "pager.h",
@@ -61,5 +62,6 @@ ffibuilder.set_source(
     include_dirs=[os.path.relpath(HERE.parents[1])],
     depends=[os.path.relpath(path) for path in sorted(HERE.glob("*.h"))],
     extra_compile_args=FLAGS + os.environ.get("GMEMD_CFLAGS", "").split(),
+    libraries=["ssl", "crypto"],
     extra_link_args=["-pthread", *os.environ.get("GMEMD_LDFLAGS", "").split()],
 )

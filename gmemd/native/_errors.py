@@ -18,6 +18,8 @@ def exception(found: Any) -> errors.GmemdError:
         return errors.ProtocolError(text)
     if found.blame == lib.GM_VMM:
         return errors.HandoffError(text)
+    if found.blame == lib.GM_UNTRUSTED:
+        return errors.UntrustedError(text)
     if found.blame == lib.GM_LINK:
         return errors.LinkError(text)
     return errors.KernelError(text, found.error)

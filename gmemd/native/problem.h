@@ -9,12 +9,13 @@ enum gm_blame {
     GM_VMM,    /* what the VMM handed over does not hold, or no longer */
     GM_KERNEL, /* the kernel refused what it should have done */
     GM_LINK,   /* a connection ended */
+    GM_UNTRUSTED, /* the other host has not shown that it is one of ours, or does not take us for one */
 };
 
 struct gm_problem {
     int blame;
     int error; /* errno, or 0 */
-    char text[256];
+    char text[512];
 };
 /* end python */
 

@@ -1,0 +1,108 @@
+"""TLS: who we are and whom we trust, and the session on one connection."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from gmemd.native._errors import check, checked, exception, problem
+from gmemd.native._native import ffi, lib
+
+MIN_KEY, MAX_KEY = lib.GM_TLS_MIN_KEY, lib.GM_TLS_MAX_KEY
+
+
+class Wants(Enum):
+    """What an operation has to wait for: the socket readable, or writable."""
+
+    READ = lib.GM_TLS_WANTS_READ
+    WRITE = lib.GM_TLS_WANTS_WRITE
+
+
+class Pem(NamedTuple):
+    """Our certificate with its chain, its key, and the certificates that the peer's must come from."""
+
+    certificate: bytes
+    key: bytes
+    ca: bytes
+
+
+class TlsContext:
+    """What the sessions of one end have in common. `shared`: the pre-shared keys by name; a client has one."""
+
+    def __init__(self, *, server: bool, pem: Pem | None = None, shared: Mapping[str, bytes] | None = None) -> None:
+        self.native: Any = ffi.gc(checked(lib.gm_tls_context_new, server), lib.gm_tls_context_free)
+        if pem:
+            check(lib.gm_tls_context_certify, self.native, *pem)
+        for name, key in (shared or {}).items():
+            check(lib.gm_tls_context_share, self.native, name.encode(), key, len(key))
+
+    def describe(self) -> tuple[str, float]:
+        """Our certificate for people, and for how many seconds it is still valid; "" without one."""
+        out = ffi.new("char[]", lib.GM_TLS_TEXT)
+        left = lib.gm_tls_context_describe(self.native, out)
+        return ffi.string(out).decode(), float(left)
+
+
+class Tls:
+    """One connection's session. `socket` is a non-blocking descriptor, the caller's."""
+
+    def __init__(self, context: TlsContext, socket: int) -> None:
+        self.native: Any = ffi.gc(checked(lib.gm_tls_new, context.native, socket), lib.gm_tls_free)
+
+    def shake_hands(self) -> Wants | None:
+        """Goes on with the hand-shake; None when it is done, and the peer is one that we trust."""
+        found = problem()
+        result = lib.gm_tls_shake_hands(self.native, found)
+        return None if result == lib.GM_TLS_DONE else _wants(result, found)
+
+    def read(self, most: int) -> bytes | Wants:
+        """What has come, b"" at the end."""
+        buffer = ffi.new("unsigned char[]", most)
+        found = problem()
+        got = lib.gm_tls_read(self.native, buffer, most, found)
+        return bytes(ffi.buffer(buffer, got)) if got >= 0 else _wants(got, found)
+
+    def write(self, data: memoryview) -> int | Wants:
+        """How many bytes have gone. When it wants something, they must come first the next time."""
+        found = problem()
+        put = lib.gm_tls_write(self.native, ffi.from_buffer(data), len(data), found)
+        return int(put) if put >= 0 else _wants(put, found)
+
+    def close(self) -> None:
+        """Says that nothing more will be written."""
+        lib.gm_tls_close(self.native)
+
+    @property
+    def peer(self) -> str:
+        """Who the other end is, for people."""
+        out = ffi.new("char[]", lib.GM_TLS_TEXT)
+        lib.gm_tls_describe_peer(self.native, out)
+        return ffi.string(out).decode()
+
+    def peer_is(self, name: str) -> bool:
+        """Whether that is the peer's name. A name that begins with a dot stands for all DNS names that end with it."""
+        return bool(lib.gm_tls_peer_is(self.native, name.encode()))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the two ends know each other by a pre-shared key."""
+        return bool(lib.gm_tls_shared(self.native))
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel enciphers what we send."""
+        return bool(lib.gm_tls_in_kernel(self.native))
+
+    def set_most_records(self, records: int) -> None:
+        """After so many the connection has to be made anew."""
+        lib.gm_tls_set_most_records(self.native, records)
+
+    def free(self) -> None:
+        """Nothing native may use it any more."""
+        ffi.release(self.native)
+
+
+def _wants(state: int, found: Any) -> Wants:
+    """What it waits for; raises what went wrong instead."""
+    if state == lib.GM_TLS_PROBLEM:
+        raise exception(found)
+    return Wants(state)

@@ -1,0 +1,29 @@
+/* Inside of a TLS context, for the session. */
+#ifndef GM_TLS_CONTEXT_H
+#define GM_TLS_CONTEXT_H
+
+#include "tls.h"
+
+#include <openssl/ssl.h>
+
+struct gm_shared_key {
+    struct gm_shared_key *next;
+    char name[GM_TLS_NAME + 1];
+    unsigned char key[GM_TLS_MAX_KEY];
+    uint32_t length;
+};
+
+/* The keys are counted with the SSL_CTX, which sessions hold on to. */
+struct gm_tls_context {
+    SSL_CTX *ssl;
+    int server;
+};
+
+/* What a session found out while it shook hands; the SSL's application data. */
+struct gm_tls_peer {
+    const struct gm_shared_key *shared; /* the key that the peer named */
+    char refused[160];                  /* why its certificate is, if it is */
+    char certificate[GM_TLS_TEXT];
+};
+
+#endif
