@@ -24,11 +24,14 @@ from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.sources import SourceConnections
 from gmemd.vmms import Shared, VmmConnection
+from gmemd.watchdog import watch
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 64
 STATUS_SECONDS = 1.0
+PAGER_THREAD = "gmemd-pager"  # as top -H shows it: at most 15 characters
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Serve = Callable[[trio.socket.SocketType], Awaitable[None]]
 
@@ -49,6 +52,7 @@ class Daemon:
         self.registry = Registry(config.limits.migrations)
         self.pager = Pager(paging.poll_us)
         self.notifier = notify.from_environment()
+        self._watchdog = notify.watchdog_interval()
         self._handed = take_descriptors()
         self._holder: socket.socket | None = None
         store = self.notifier
@@ -69,7 +73,7 @@ class Daemon:
         self._connections: trio.Nursery
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT."""
+        """Serves until one of STOPPING."""
         listeners = self._listeners()
         for record in take_ends(self._handed):
             self._remember(record)
@@ -79,13 +83,15 @@ class Daemon:
             outer.start_soon(self._run_pager)
             try:
                 # Before we are ready: from then on, a signal means a clean end.
-                with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                with trio.open_signal_receiver(*STOPPING) as signals:
                     async with trio.open_nursery() as self._connections:
                         for migration in kept:
                             self._connections.start_soon(self._resume, migration)
                         for listener, serve in listeners:
                             self._connections.start_soon(self._accept, listener, serve)
                         self._connections.start_soon(self._tell_status)
+                        if self._watchdog:
+                            self._connections.start_soon(watch, self.pager, self.notifier, self._watchdog)
                         self.notifier.ready()
                         log.info("ready, sources come to %s", self.registry.listen)
                         log.info("%s: stopping", signal.Signals(await anext(signals)).name)
@@ -105,7 +111,9 @@ class Daemon:
     async def _run_pager(self) -> None:
         """In a thread of its own, which is told when to end."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self.pager.run, limiter=trio.CapacityLimiter(1))
+            await trio.to_thread.run_sync(
+                self.pager.run, thread_name=PAGER_THREAD, limiter=trio.CapacityLimiter(1)
+            )
 
     async def _tell_status(self) -> None:
         told = ""

@@ -6,7 +6,6 @@ Every message is one datagram. Where NOTIFY_SOCKET is not set, nobody listens an
 import logging
 import os
 import socket
-import time
 from collections.abc import MutableMapping, Sequence
 
 log = logging.getLogger(__name__)
@@ -29,10 +28,6 @@ class Notifier:
     def status(self, text: str) -> None:
         """Shown by `systemctl status`."""
         self.send("STATUS=" + " ".join(text.splitlines()))
-
-    def reloading(self) -> None:
-        """To be followed by `ready`."""
-        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self.send("STOPPING=1")

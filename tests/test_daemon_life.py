@@ -94,7 +94,7 @@ def test_service_manager_is_told(tmp_path: Path) -> None:
         eventually(lambda: "STOPPING=1" in daemon.manager.told)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_when_told(tmp_path: Path, content: bytes, number: signal.Signals) -> None:
     """In the middle of a migration, too: its VMM sees the connection end, and nothing else."""
     with DaemonProcess(tmp_path) as daemon, Vmm(len(content)) as vmm, RawSource(daemon.port, "m", REGIONS) as source:

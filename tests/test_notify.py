@@ -3,11 +3,9 @@
 import fcntl
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,14 +69,6 @@ def test_messages(
 ) -> None:
     call(notifier)
     assert manager.recv(4096) == message
-
-
-def test_reloading_tells_when(manager: socket.socket, notifier: Notifier) -> None:
-    before = time.monotonic_ns() // 1000
-    notifier.reloading()
-    match = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=([0-9]+)", manager.recv(4096))
-    assert match is not None
-    assert before <= int(match[1]) <= time.monotonic_ns() // 1000
 
 
 def test_abstract_socket() -> None:

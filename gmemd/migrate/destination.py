@@ -186,6 +186,9 @@ class IncomingMigration:
         """The migration is over."""
         if not self.ended.is_set():
             self.phase = phase
+            if phase is Phase.ABANDONED:
+                missing = self.memory.pages - self.memory.received
+                log.info("abandoned: %s; %d pages missing", self.why_abandoned, missing, extra={"migration": self.name})
             self.report.completed = time.monotonic()
             self.ready.set()
             self.ended.set()
