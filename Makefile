@@ -68,6 +68,17 @@ test-asan test-tsan: test-%: $(INSTALLED)
 	setarch --addr-no-randomize env LD_PRELOAD=$$(gcc -print-file-name=lib$*.so) \
 		PYTHONPATH=build/$*/lib PYTHONSAFEPATH=1 $(BIN)/pytest --layer native $(ARGS)
 
+# Fuzzing needs a compiler with libFuzzer in it, and the same for Python.
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## every reader of foreign bytes, driven by coverage (ARGS=SECONDS)
+	@tools/lab/need clang libclang-rt-dev
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -qq atheris
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+.PHONY: fuzz-daemon
+fuzz-daemon: $(INSTALLED) ## a live daemon among peers that send what is nearly right (ARGS='SESSIONS SEED')
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.sessions $(ARGS)
+
 .PHONY: demo
 demo: $(INSTALLED) ## a running KVM guest moves to another daemon, every page checked (ARGS=)
 	@$(BIN)/gmemd demo $(ARGS)

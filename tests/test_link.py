@@ -166,3 +166,13 @@ async def test_a_connection_that_nobody_takes() -> None:
             early.connect_ex(("127.0.0.1", port))
         with pytest.raises(LinkError, match=rf"^127\.0\.0\.1:{port}: cannot connect in 0\.2 s$"):
             await connect("127.0.0.1", port, 0.2)
+
+
+async def test_a_message_that_was_cancelled_before_it_went_takes_no_preamble_with_it(pair: Pair) -> None:
+    messages, theirs = pair
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(messages.send, WELCOME)
+        await trio.lowlevel.checkpoint()  # it has its turn, and has not come to send
+        nursery.cancel_scope.cancel()
+    await messages.send(wire.Refused("why"))
+    assert await theirs.receive_some(1000) == wire.preamble() + wire.encode(wire.Refused("why"))

@@ -51,11 +51,11 @@ class MessageStream:
         """Sends one message, the first behind the preamble."""
         data = wire.encode(message)
         async with self._sending:
-            preamble, self._preamble = self._preamble, b""
             try:
-                await self.stream.send_all(preamble + data)
+                await self.stream.send_all(self._preamble + data)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._broken(error) from None
+            self._preamble = b""  # not before: who is cancelled here has sent nothing
 
     async def receive(self) -> wire.Message:
         """The next message."""

@@ -15,14 +15,19 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-static bool bitmap_fits(const struct gm_state *state, uint64_t at, uint64_t pages)
+/* Whether a bitmap lies behind all that was found before it; *used is moved to its end. */
+static bool bitmap_fits(const struct gm_state *state, uint64_t at, uint64_t pages, uint64_t *used)
 {
     uint64_t bytes = gm_bitmap_words(pages) * sizeof(gm_word);
 
-    return at % sizeof(gm_word) == 0 && at >= sizeof *state && at <= state->size && bytes <= state->size - at;
+    if (at % sizeof(gm_word) || at < *used || at > state->size || bytes > state->size - at)
+        return false;
+    *used = at + bytes;
+    return true;
 }
 
-static const char *wrong_with_region(const struct gm_state *state, const struct gm_state_region *r, unsigned fds)
+static const char *wrong_with_region(const struct gm_state *state, const struct gm_state_region *r, unsigned fds,
+                                     uint64_t *used)
 {
     if (r->pages == 0 || r->pages > UINT64_C(1) << 40)
         return "its number of pages";
@@ -32,13 +37,15 @@ static const char *wrong_with_region(const struct gm_state *state, const struct 
         return "its descriptors";
     if (r->populate < GM_POPULATE_WRITE || r->populate > GM_POPULATE_COPY)
         return "its way to populate";
-    if (!bitmap_fits(state, r->claimed_at, r->pages) || !bitmap_fits(state, r->received_at, r->pages))
+    if (!bitmap_fits(state, r->claimed_at, r->pages, used) || !bitmap_fits(state, r->received_at, r->pages, used))
         return "where its bitmaps are";
     return NULL;
 }
 
 static int check_state(const struct gm_state *state, uint64_t file_size, unsigned fds, struct gm_problem *ret)
 {
+    uint64_t used = sizeof *state + state->regions * sizeof state->region[0];
+
     if (memcmp(state->magic, gm_state_magic, sizeof state->magic))
         return gm_blame(ret, GM_VMM, 0, "not a state of gmemd");
     if (state->version == 0 || state->version > GM_STATE_VERSION)
@@ -51,11 +58,17 @@ static int check_state(const struct gm_state *state, uint64_t file_size, unsigne
     if (!memchr(state->migration, 0, sizeof state->migration))
         return gm_blame(ret, GM_VMM, 0, "state damaged: its migration has no name");
     for (unsigned i = 0; i < state->regions; i++) {
-        const char *wrong = wrong_with_region(state, &state->region[i], fds);
+        const char *wrong = wrong_with_region(state, &state->region[i], fds, &used);
 
         if (wrong)
             return gm_blame(ret, GM_VMM, 0, "state damaged: region %u: %s", i, wrong);
     }
+    for (unsigned i = 0; i < GM_MAX_LANES; i++)
+        if (gm_span_read(atomic_load(&state->inflight[i].span)).count > GM_FRAME_PAGES)
+            return gm_blame(ret, GM_VMM, 0, "state damaged: the frame of lane %u", i);
+    if (state->note[GM_NOTE_VCPUS] && state->note[GM_NOTE_FAULTS] >= fds)
+        return gm_blame(ret, GM_VMM, 0, "state damaged: descriptor %llu of %u is its fault socket",
+                        (unsigned long long)state->note[GM_NOTE_FAULTS], fds);
     return 0;
 }
 

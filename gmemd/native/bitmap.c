@@ -76,8 +76,11 @@ uint64_t gm_bitmap_count(const gm_word *bits, uint64_t count)
 {
     uint64_t total = 0;
 
-    for (size_t i = 0; i < gm_bitmap_words(count); i++)
-        total += (unsigned)__builtin_popcountll(atomic_load_explicit(&bits[i], memory_order_relaxed));
+    for (size_t i = 0; i < gm_bitmap_words(count); i++) {
+        uint64_t word = atomic_load_explicit(&bits[i], memory_order_relaxed) & gm_ones(0, count - 64 * i);
+
+        total += (unsigned)__builtin_popcountll(word);
+    }
     return total;
 }
 

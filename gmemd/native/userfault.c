@@ -22,7 +22,7 @@ int gm_userfault_map(struct gm_region *r, int fd, uint64_t offset, struct gm_pro
     if (!(seals & F_SEAL_SHRINK))
         return gm_blame(ret, GM_VMM, 0, "region %u: its userfault bitmap is not sealed against shrinking: sent by the VMM",
                         r->index);
-    if (fstat(fd, &st) < 0 || offset % sizeof(gm_word) || (uint64_t)st.st_size < needed)
+    if (fstat(fd, &st) < 0 || offset % sizeof(gm_word) || needed < offset || (uint64_t)st.st_size < needed)
         return gm_blame(ret, GM_VMM, 0, "region %u: its userfault bitmap has %lld bytes, %llu are needed: sent by the VMM",
                         r->index, (long long)st.st_size, (unsigned long long)needed);
     map = mmap(NULL, needed, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
