@@ -230,10 +230,12 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """Where faults are recorded, if anywhere, and how many bytes a migration may write there."""
+    """Where faults are recorded, if anywhere, how many bytes a migration may write there, and whether their stages are,
+    too."""
 
     directory: Annotated[Path | None, DIRECTORY] = None
     max_bytes: Annotated[int, size("64K", "1T")] = 64 << 20
+    stages: Annotated[bool, FLAG] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

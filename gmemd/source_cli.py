@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from gmemd import __version__, cli, config, log, order
+from gmemd import __version__, cli, config, log, order, stages
 from gmemd.errors import GmemdError, UsageError
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
+    top.add_argument(
+        "--stages", type=Path, metavar="FILE", help="write down when each of the latest faults was answered"
+    )
     top.add_argument("--poll-us", type=int, default=50, help="poll this long before sleeping, in µs (50; 0 never)")
     top.add_argument(
         "--patience",
@@ -105,6 +108,8 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
         migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)
         migration.source.set_rate(rate)
+        if options.stages:
+            migration.memory.time_stages()
         try:
             if options.order:
                 migration.source.follow(order.read(options.order, migration.memory))
@@ -119,6 +124,8 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
             await guest.failed(str(group.exceptions[0]), resume=migration.may_resume)
             raise
         finally:
+            if options.stages:
+                stages.write(options.stages, migration.memory)
             migration.close()
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import trio
 
+from gmemd import stages
+from gmemd.errors import GmemdError
 from gmemd.migrate.destination import IncomingMigration
 from gmemd.trace import TraceWriter
 
@@ -20,6 +22,14 @@ async def record(migration: IncomingMigration, directory: Path, max_bytes: int) 
         await _record(migration, directory / f"{migration.name}.gmtrace", max_bytes)
     except OSError as error:
         log.warning("the trace ends here: %s", error, extra={"migration": migration.name})
+
+
+def record_stages(migration: IncomingMigration, directory: Path) -> None:
+    """What was stamped of the latest faults."""
+    try:
+        stages.write(directory / f"{migration.name}{stages.SUFFIX}", migration.memory)
+    except GmemdError as error:
+        log.warning("no stages: %s", error, extra={"migration": migration.name})
 
 
 async def _record(migration: IncomingMigration, path: Path, max_bytes: int) -> None:

@@ -25,7 +25,7 @@ from gmemd.notify import Notifier
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.status import snapshot
-from gmemd.tracing import record
+from gmemd.tracing import record, record_stages
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ class VmmConnection:
                 await self._speak(migration, keeper)
                 tasks.stop()
         finally:
+            if trace.directory and trace.stages:
+                record_stages(migration, trace.directory)
             if migration.ended.is_set():
                 self._remember(migration, keeper)
             with trio.CancelScope(shield=True):
@@ -167,6 +169,8 @@ class VmmConnection:
 
     def _migration(self, memory: Memory, keeper: Keeper, fds: list[int]) -> IncomingMigration:
         config = self.shared.config
+        if config.trace.directory and config.trace.stages:
+            memory.time_stages()
 
         def keep_state(state: bytes) -> None:
             with handoff.memory_file("gmemd-vmm-state", state) as fd:

@@ -14,6 +14,7 @@ HEADERS = [
     "problem.h",
     "uffd.h",
     "memfile.h",
+    "stages.h",
     "memory.h",
     "frame.h",
     "crc32c.h",

@@ -164,6 +164,7 @@ void gm_destination_end_waits(struct gm_destination *d, const struct gm_region *
     while (gm_waits_take(&d->waits, r->index, first, count, &wait)) {
         uint64_t now = gm_now_ns();
 
+        gm_stamp(d->memory->stages, GM_STAGE_CONTINUED, wait.region, wait.page);
         gm_histogram_record(&d->latency, now - wait.since_ns);
         gm_blocked_add(&d->blocked, &wait, now);
         if (wait.vcpu)

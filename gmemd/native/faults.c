@@ -41,6 +41,8 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
 
 int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
 {
+    bool any = port->out_start < port->out_end;
+
     while (port->urgent && port->out_start < port->out_end) {
         struct iovec rest = {port->out + port->out_start, port->out_end - port->out_start};
         ssize_t put = gm_stream_write(&port->urgent->stream, &rest, 1);
@@ -51,6 +53,8 @@ int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
             return 1;
         port->out_start += (size_t)put;
     }
+    if (any)
+        gm_stamp(port->destination->memory->stages, GM_STAGE_ASKED, 0, 0);
     return 0;
 }
 
@@ -121,6 +125,7 @@ static void take_fault(struct gm_port *port, const struct uffd_msg *message, uin
     }
     wait.region = r->index;
     wait.page = (address - r->hva) >> r->page_shift;
+    gm_stamp(d->memory->stages, GM_STAGE_READ, wait.region, wait.page);
     GM_COUNT(d, faults, 1);
     if (flags & UFFD_PAGEFAULT_FLAG_MINOR)
         GM_COUNT(d, faults_minor, 1);
@@ -150,6 +155,7 @@ int gm_faults_read_vcpus(struct gm_port *port, struct gm_problem *ret)
             return -1;
         if (!got)
             break;
+        gm_stamp(d->memory->stages, GM_STAGE_READ, wait.region, wait.page);
         GM_COUNT(d, faults, 1);
         GM_COUNT(d, faults_vcpu, 1);
         if (d->trace)

@@ -117,14 +117,17 @@ static void install(struct gm_lane *lane, const unsigned char *payload)
     const struct gm_frame *f = &lane->frame;
     struct gm_destination *d = lane->destination;
     struct gm_problem problem;
+    struct gm_stages *stages = lane->index ? NULL : d->memory->stages;
     struct gm_install in;
 
+    gm_stamp(stages, GM_STAGE_ARRIVED, f->region, f->first);
     gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
     if (gm_install_populate(&in, f->kind == GM_KIND_PAGES ? payload : NULL, &problem) < 0) {
         gm_install_give_up(&in);
         gm_destination_tell(d, GM_EVENT_STUCK, &problem);
         return;
     }
+    gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
     gm_install_finish(&in);
     gm_lane_count(lane, in.claimed);
 }

@@ -110,12 +110,14 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
 {
     const struct gm_frame *f = &lane->frame;
     struct gm_destination *d = lane->destination;
+    struct gm_stages *stages = lane->index ? NULL : d->memory->stages;
     struct gm_install in;
     struct payload payload = {0};
     int error, result = 1, ready = payload_waits(lane, ret);
 
     if (ready <= 0)
         return ready < 0 ? -1 : lane->buffered;
+    gm_stamp(stages, GM_STAGE_ARRIVED, f->region, f->first);
     gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
     error = take_payload(lane, &in, &payload);
     if (error) {
@@ -131,6 +133,7 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
         gm_install_give_up(&in);
         result = gm_lane_ask_again(lane, ret) < 0 ? -1 : 1;
     } else {
+        gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
         gm_install_finish(&in);
         gm_lane_count(lane, in.claimed);
     }

@@ -144,7 +144,19 @@ void gm_memory_free(struct gm_memory *m)
     munmap(m->state, m->state->size);
     if (m->state_fd >= 0)
         close(m->state_fd);
+    free(m->stages);
     free(m);
+}
+
+int gm_memory_time_stages(struct gm_memory *m, struct gm_problem *ret)
+{
+    m->stages = calloc(1, sizeof *m->stages);
+    return m->stages ? 0 : gm_blame(ret, GM_KERNEL, ENOMEM, "stamps of faults");
+}
+
+unsigned gm_memory_stages(struct gm_memory *m, struct gm_stamp *out, unsigned most)
+{
+    return m->stages ? gm_stages_read(m->stages, out, most) : 0;
 }
 
 uint64_t gm_memory_note(const struct gm_memory *m, int note)

@@ -9,6 +9,7 @@
 
 #include "bitmap.h"
 #include "problem.h"
+#include "stages.h"
 
 #include <stdint.h>
 
@@ -94,6 +95,11 @@ int gm_memory_wake(struct gm_memory *m, struct gm_problem *ret);
  */
 unsigned gm_memory_runs(const struct gm_memory *m, unsigned region, int bitmap, uint64_t *from, uint64_t *pairs,
                         unsigned most);
+
+/* From now on the stages of faults are stamped; before the memory is given to any thread. */
+int gm_memory_time_stages(struct gm_memory *m, struct gm_problem *ret);
+/* Copies the stamps out, oldest first; returns how many. */
+unsigned gm_memory_stages(struct gm_memory *m, struct gm_stamp *out, unsigned most);
 /* end python */
 
 /* The frame that a lane is installing: one word, so that it is seen whole; 0 is none. */
@@ -146,6 +152,7 @@ struct gm_memory {
     unsigned count;
     uint64_t pages;
     _Atomic uint64_t received;
+    struct gm_stages *stages; /* or NULL */
     struct gm_region region[];
 };
 

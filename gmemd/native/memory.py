@@ -8,6 +8,7 @@ from typing import Any, Self
 from gmemd.native._errors import check, checked
 from gmemd.native._native import ffi, lib
 
+STAMPS = 64 * 1024  # all that the native ring holds
 RUNS_AT_ONCE = 4096  # pairs fetched a call: 64 KiB
 
 
@@ -129,6 +130,16 @@ class Memory:
             if populate[0] in _WAYS:
                 self.populate[index] = _WAYS[populate[0]]
         self.regions = tuple(regions)
+
+    def time_stages(self) -> None:
+        """From now on the stages of faults are stamped."""
+        check(lib.gm_memory_time_stages, self.native)
+
+    def stages(self) -> bytes:
+        """The latest stamps as `struct gm_stamp`s, oldest first."""
+        stamps = ffi.new("struct gm_stamp[]", STAMPS)
+        found = lib.gm_memory_stages(self.native, stamps, STAMPS)
+        return bytes(ffi.buffer(stamps, found * ffi.sizeof("struct gm_stamp")))
 
     @property
     def migration(self) -> str:

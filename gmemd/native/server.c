@@ -125,6 +125,7 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
         r = &source->memory->region[f.region];
         if (!gm_sender_fits(&server->sender, r, f.count))
             return 1;
+        gm_stamp(source->memory->stages, GM_STAGE_TAKEN, f.region, f.first);
         gm_bitmap_set(r->claimed, f.first, f.count);
         if (gm_sender_add(&server->sender, r, f.first, f.count, ret) < 0)
             return -1;
@@ -157,6 +158,7 @@ static int answer(struct gm_server *server, struct gm_problem *ret)
     int waits = 0;
 
     do {
+        bool any;
         int left;
 
         while (server->end - server->start >= GM_HEADER_BYTES && (waits = take_request(server, ret)) == 0)
@@ -165,9 +167,12 @@ static int answer(struct gm_server *server, struct gm_problem *ret)
             return -1;
         if (gm_sender_empty(&server->sender) && atomic_exchange(&server->beat, false))
             gm_sender_beat(&server->sender);
+        any = !gm_sender_empty(&server->sender);
         left = gm_sender_flush(&server->sender, ret);
         if (left)
             return left;
+        if (any)
+            gm_stamp(server->sender.source->memory->stages, GM_STAGE_ANSWERED, 0, 0);
     } while (waits);
     return 0;
 }
