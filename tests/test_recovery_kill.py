@@ -14,8 +14,8 @@ from support.builds import build
 from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.plan import Plan
-from gmemd_tools.demo.processes import open_stage
-from gmemd_tools.soak.run import empty_store, machine, sender_ended, until_known, verify
+from gmemd_tools.demo.processes import empty_store, open_stage
+from gmemd_tools.soak.run import machine, sender_ended, until_known, verify
 
 POINTS = ("claimed", "half-populated", "populated", "marked", "continued")
 LIVES = 3
@@ -75,4 +75,4 @@ async def test_no_write_is_undone(point: str, kill_points: Path, tmp_path: Path,
             assert 1 < doomed.deaths <= LIVES  # the last life may see the end before its point
             await verify(cast.destination, paused["memory"])
     finally:
-        empty_store(plan)
+        empty_store(plan.directory)

@@ -16,10 +16,12 @@ from gmemd.native import ffi, lib
 from gmemd.native.memory import Region
 from gmemd.trace import RECORD, TraceWriter, segments
 from gmemd_tools.demo.processes import Process, Stage
-from gmemd_tools.replay import patterns, summary
+from gmemd_tools.network.conditions import parse
+from gmemd_tools.replay import patterns, runfile, summary
 from gmemd_tools.replay.guest import Guest
 from gmemd_tools.replay.recording import Recording, load
-from gmemd_tools.replay.run import Setup, replay
+from gmemd_tools.replay.run import replay
+from gmemd_tools.replay.setup import Setup
 
 PAGES = 16384  # 64 MiB
 MILLISECOND = 10**6
@@ -166,6 +168,8 @@ def test_load_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
         (["synth", "random", "-o", "/nowhere/t"], 65, "/nowhere/t: No such file or directory"),
         (["synth", "random", "--pages", "0", "-o", "t"], 64, "0: from 1 to"),
         (["run", "t", "--set", "poll_us=1"], 64, "must be TABLE.KEY=VALUE"),
+        (["run", "t", "--network", "latency=5"], 64, "--network latency=5: '5' is no time"),
+        (["compare", "t"], 64, "say what is different"),
         (["run", "t", "--speed", "2", "--flat-out"], 64, "not allowed with"),
     ],
 )
@@ -352,3 +356,46 @@ def test_guest_that_has_no_room_here(made: Callable[..., Path]) -> None:
     huge.header = type(huge.header)("m", 1, 1, (region(1 << 40),))
     with pytest.raises(UnavailableError, match=f"the trace's guest has {1 << 52} bytes"):
         replay(huge, Setup())
+
+
+# Between the two ends.
+
+
+def test_replay_over_a_bad_network(made: Callable[..., Path]) -> None:
+    """Every page is right whatever happens to either end and between them."""
+    trace = load([made("sequential", pages=2048, threads=2, faults=2000)])
+    network = parse("latency=1ms,cut@300K,daemon-kill@1M,source-kill@2M,corrupt@3M")
+    told = replay(trace, Setup(speed=None, on_demand=True, network=network))
+    assert told["pages_verified"] == 2048
+    assert told["daemon"]["recoveries"] >= 2
+
+
+def test_replay_over_the_kernels_network(made: Callable[..., Path]) -> None:
+    setup = Setup(speed=None, network=parse("rate=100M,by=kernel"))
+    try:
+        told = replay(load([made("random", pages=4096)]), setup)
+    except UnavailableError as error:
+        if not str(error).startswith("--network by=kernel: "):
+            raise
+        pytest.skip(str(error))
+    assert told["pages_verified"] == 4096
+
+
+def test_compare(made: Callable[..., Path], command: Command, tmp_path: Path) -> None:
+    trace = made("random", pages=2048, faults=500)
+    ways = ("--flat-out", "--rounds", 1, "--on-demand", "--against-set", "paging.poll_us=0")
+    ended = command("compare", trace, *ways, "-o", tmp_path / "runs", "--json")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    told = json.loads(ended.stdout)
+    assert [len(told[name]) for name in ("a", "b")] == [1, 1]
+    # Where nothing comes unasked, the accesses alone decide what is waited for.
+    assert told["figures"]["faults"]["change"] == pytest.approx(0, abs=0.05)
+    assert told["figures"]["duration_us"]["a"]["median"] == told["a"][0]["duration_us"]
+    runs = [runfile.read(tmp_path / "runs" / f"{name}1.gmrun") for name in ("a", "b")]
+    for run, name in zip(runs, ("a", "b"), strict=True):
+        assert run.result == told[name][0]
+        assert sum(touch.waited for touch in run.touches) == told[name][0]["faults"]
+        assert run.regions == [(0, 2048, 4096)]
+        assert sorted((touch.thread, touch.page) for touch in run.touches) == sorted(
+            (thread, page) for _, page, thread, _, _ in load([trace])
+        )

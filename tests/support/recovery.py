@@ -27,8 +27,7 @@ from gmemd.sending import FileGuest
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.options import usual
 from gmemd_tools.demo.plan import Plan
-from gmemd_tools.demo.processes import open_stage
-from gmemd_tools.soak.run import empty_store
+from gmemd_tools.demo.processes import empty_store, open_stage
 
 PAGE = 4096
 FEATURE_REMOVE = 1 << 3
@@ -183,7 +182,7 @@ async def open_host(
             await cast.start_daemon()
             yield Host(cast)
     finally:
-        empty_store(plan)
+        empty_store(plan.directory)
 
 
 class Sender:

@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from gmemd import holder, notify
 from gmemd.errors import DataError, UnavailableError
 from gmemd_tools.vmm import VMM
 
@@ -122,3 +123,17 @@ async def open_stage(directory: Path) -> AsyncIterator[Stage]:
         with trio.CancelScope(shield=True):
             for process in reversed(stage.processes):
                 await stage.end(process)
+
+
+def empty_store(directory: Path) -> None:
+    """After a failure, the holder still keeps the guest for a daemon that will not come."""
+    path = directory / "store.sock"
+    if not path.exists():
+        return
+    channel, kept = holder.take_back(path)
+    store = notify.Notifier(str(path))
+    with channel:
+        for name, fds in kept.items():
+            store.remove(name)
+            for fd in fds:
+                os.close(fd)

@@ -59,6 +59,11 @@ class Conditions:
     troubles: tuple[Trouble, ...] = field(default=())
 
     @property
+    def spoils(self) -> bool:
+        """Whether it says what nobody said: a peer may then refuse what it hears, and end."""
+        return any(trouble.kind in SIZED for trouble in self.troubles)
+
+    @property
     def shaped(self) -> bool:
         return bool(self.latency or self.jitter or self.rate)
 

@@ -1,7 +1,7 @@
 """Strikes a migration when its conditions say so."""
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -15,7 +15,7 @@ LOOK_SECONDS = 0.05
 class Troubles:
     """All troubles of these conditions. `others` are those that are not the link's own, by name."""
 
-    def __init__(self, conditions: Conditions, link: Link, others: dict[str, Callable[[], Awaitable[None]]]) -> None:
+    def __init__(self, conditions: Conditions, link: Link, others: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self.struck = 0
         self._conditions = conditions
         self._link = link
@@ -26,6 +26,10 @@ class Troubles:
         """Each in a task, from now on."""
         for number, trouble in enumerate(self._conditions.troubles):
             tasks.start(self._wait_and_strike, trouble, random.Random(f"trouble {number} {self._conditions.seed}"))
+
+    async def end(self) -> None:
+        """No more from now on: what has begun is over."""
+        await self._busy.acquire()
 
     async def _wait_and_strike(self, trouble: Trouble, rng: random.Random) -> None:
         await self._link.used.wait()

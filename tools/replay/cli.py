@@ -5,6 +5,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,13 @@ from gmemd import __version__, cli, log
 from gmemd.errors import DataError, UsageError
 from gmemd.native.memory import Region
 from gmemd.trace import TraceWriter
-from gmemd_tools.replay import patterns, result, summary
+from gmemd_tools.network import conditions
+from gmemd_tools.replay import comparison, patterns, result, summary
+from gmemd_tools.replay.comparison import compare as compare_setups
 from gmemd_tools.replay.merge import merge as merge_traces
 from gmemd_tools.replay.recording import load
-from gmemd_tools.replay.run import Setup, replay
+from gmemd_tools.replay.run import replay
+from gmemd_tools.replay.setup import Setup
 
 BASE_PAGE = 4096
 N = TypeVar("N", int, float)
@@ -51,17 +55,50 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    setup = Setup(
+    setup = _setup(options)
+    found = replay(load(options.traces), setup, options.output)
+    print(json.dumps(found) if options.json else result.text(found))
+    return 0 if found["ok"] else DataError.exit_code
+
+
+def compare(options: argparse.Namespace) -> int:
+    before = _setup(options)
+    against = _against(options, before)
+    if against == before:
+        raise UsageError("compare: say what is different, with --against-set, -source, -network or -programs")
+    found = compare_setups(load(options.traces), before, against, options.rounds, options.output)
+    print(json.dumps(found) if options.json else comparison.text(found))
+    return 0
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    return Setup(
         speed=None if options.flat_out else options.speed,
         on_demand=options.on_demand,
         seed=options.seed,
         settings=_settings(options.settings),
         source_arguments=options.source,
         programs=options.programs,
+        network=_network(options.network, options.seed),
     )
-    found = replay(load(options.traces), setup)
-    print(json.dumps(found) if options.json else result.text(found))
-    return 0 if found["ok"] else DataError.exit_code
+
+
+def _against(options: argparse.Namespace, base: Setup) -> Setup:
+    """The same, but for what is different."""
+    settings = {table: {**values} for table, values in base.settings.items()}
+    for table, values in _settings(options.against_settings).items():
+        settings.setdefault(table, {}).update(values)
+    return replace(
+        base,
+        settings=settings,
+        source_arguments=[*base.source_arguments, *options.against_source],
+        programs=options.against_programs or base.programs,
+        network=_network(options.against_network, options.seed) or base.network,
+    )
+
+
+def _network(text: str | None, seed: int) -> conditions.Conditions | None:
+    return None if text is None else conditions.parse(text, seed)
 
 
 def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
@@ -128,6 +165,21 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("run", run, "Play a trace against a daemon and a source, and check every page.")
     command.add_argument("traces", **traces, help="one file, or those of a rotating trace, oldest first")
+    _add_setup(command)
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the run there, for a report")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+    command = add("compare", compare, "Play a trace in two ways by turns, and tell the difference.")
+    command.add_argument("traces", **traces, help="one file, or those of a rotating trace, oldest first")
+    _add_setup(command)
+    _add_ways(command, "against-")
+    command.add_argument("--rounds", type=_number(int, 1, 100), default=3, metavar="N", help="of both (3)")
+    command.add_argument("-o", "--output", type=Path, metavar="DIR", help="keep the runs there: a1.gmrun, b1.gmrun, …")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    return top
+
+
+def _add_setup(command: argparse.ArgumentParser) -> None:
     pace = command.add_mutually_exclusive_group()
     pace.add_argument(
         "--speed", type=_number(float, 1e-3, 1e6), default=1.0, metavar="X", help="times the recorded pace (1)"
@@ -135,15 +187,36 @@ def parser() -> argparse.ArgumentParser:
     pace.add_argument("--flat-out", action="store_true", help="every access as soon as the one before is done")
     command.add_argument("--on-demand", action="store_true", help="send nothing but what is touched")
     command.add_argument("--seed", type=_number(int, 0, (1 << 64) - 1), default=1, help="decides the memory's content")
+    _add_ways(command, "")
+
+
+def _add_ways(command: argparse.ArgumentParser, against: str) -> None:
+    """What two ways can differ in."""
+    other = " in the other way" if against else ""
     command.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="TABLE.KEY=VALUE", help="a setting of the daemon"
+        f"--{against}set",
+        dest="against_settings" if against else "settings",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help=f"a setting of the daemon{other}",
     )
     command.add_argument(
-        "--source", action="append", default=[], metavar="ARGUMENT", help="for gmemd-source, as --source=--lanes=4"
+        f"--{against}source",
+        action="append",
+        default=[],
+        metavar="ARGUMENT",
+        help=f"for gmemd-source{other}, as --{against}source=--lanes=4",
     )
-    command.add_argument("--programs", type=Path, metavar="DIR", help="gmemd and gmemd-source of another build")
-    command.add_argument("--json", action="store_true", help="one JSON object")
-    return top
+    command.add_argument(
+        f"--{against}network", metavar="CONDITIONS", help=f"what lies between the two{other}: docs/network.md"
+    )
+    command.add_argument(
+        f"--{against}programs",
+        type=Path,
+        metavar="DIR",
+        help=f"gmemd and gmemd-source of another build{other}: a virtual environment, or the folder that they are in",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

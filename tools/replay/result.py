@@ -8,9 +8,7 @@ from gmemd_tools.replay.recording import Recording
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 
 
-def result(
-    recording: Recording, played: list[Played], daemon: dict[str, Any], verified: int
-) -> dict[str, Any]:
+def result(recording: Recording, played: list[Played], daemon: dict[str, Any], verified: int) -> dict[str, Any]:
     """The object of `gmemd-replay run --json`. A touch that had to wait is a fault; `daemon` is the daemon's status."""
     touches = [touch for thread in played for touch in thread.touches]
     waits = [took for _, took, waited in touches if waited]

@@ -14,13 +14,13 @@ from typing import Any
 
 import trio
 
-from gmemd import holder, notify, status
+from gmemd import status
 from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.options import usual
 from gmemd_tools.demo.plan import MIGRATION, Plan
-from gmemd_tools.demo.processes import Process, open_stage
+from gmemd_tools.demo.processes import Process, empty_store, open_stage
 from gmemd_tools.network.link import Link
 from gmemd_tools.soak.faults import Fault, draw
 
@@ -65,7 +65,7 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
         except GmemdError as error:
             result.error = str(error)
         finally:
-            empty_store(plan)
+            empty_store(plan.directory)
         if keep and not result.ok:
             result.kept = str(keep / f"{kind}-{seed}")
             shutil.copytree(directory, result.kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
@@ -175,17 +175,3 @@ async def verify(destination: Process, memory: list[str]) -> None:
     told = await destination.event("verified")
     if not told["ok"] or told["mismatches"] or told["pages_verified"] != told["pages"]:
         raise UnavailableError(f"the guest found its memory wrong: {told}")
-
-
-def empty_store(plan: Plan) -> None:
-    """After a failure, the holder still keeps the guest for a daemon that will not come."""
-    path = plan.directory / "store.sock"
-    if not path.exists():
-        return
-    channel, kept = holder.take_back(path)
-    store = notify.Notifier(str(path))
-    with channel:
-        for name, fds in kept.items():
-            store.remove(name)
-            for fd in fds:
-                os.close(fd)
