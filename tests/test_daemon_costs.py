@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import DaemonProcess
-from support.daemon_fixtures import COUNT
-from support.source import SourceProcess, memory_file
+from support.source import COUNT, SourceProcess, memory_file
 from support.vmm import PAGE, Vmm
 
 pytest_plugins = ["support.daemon_fixtures"]

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from support.daemon import DaemonProcess
-from support.daemon_fixtures import COUNT
 from support.polling import PATIENCE, eventually
 from support.rawsource import RawSource
-from support.source import SourceProcess
+from support.source import COUNT, SourceProcess
 from support.vmm import PAGE, Vmm
 
 pytest_plugins = ["support.daemon_fixtures"]

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
-from support.daemon_fixtures import COUNT
 from support.polling import PATIENCE, eventually
 from support.rawsource import RawSource
-from support.source import SourceProcess
+from support.source import COUNT, SourceProcess
 from support.vmm import PAGE, Vmm
 
 pytest_plugins = ["support.daemon_fixtures"]

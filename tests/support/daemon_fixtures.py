@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.daemon import DaemonProcess
-from support.source import guest_content
-
-COUNT = 64  # pages
+from support.source import COUNT, guest_content
 
 
 @pytest.fixture(scope="module")

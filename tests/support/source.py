@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Self
 from support.polling import PATIENCE
 from support.vmm import PAGE
 
+COUNT = 64  # pages of a small guest
+
 
 def guest_content(rng: random.Random, pages: int) -> bytes:
     """Pages of noise, and here and there one of zeros."""
