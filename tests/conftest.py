@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from support.pace import SLOWER
 
 from gmemd.errors import GmemdError
 from gmemd.native import check, lib
@@ -37,7 +38,7 @@ LAYERS = {
 }
 REST = "process"
 WITHOUT_GUESTS = {"base", "wire"}
-DEADLINE = 60.0  # seconds for an async test; most take milliseconds
+DEADLINE = 60.0  # seconds for an async test, more where the CPU is emulated; most take milliseconds
 LEAVING = 1.0  # seconds that a thread may stay on the kernel's list after it was joined
 FAILED = pytest.StashKey[bool]()
 SPENT = pytest.StashKey[defaultdict[str, float]]()
@@ -89,9 +90,9 @@ def give_deadline(item: pytest.Function) -> None:
     seconds = marker.args[0] if marker else DEADLINE
     given = getattr(item.obj, "hypothesis", None)
     if given is not None and inspect.iscoroutinefunction(given.inner_test):
-        given.inner_test = with_deadline(given.inner_test, seconds)
+        given.inner_test = with_deadline(given.inner_test, seconds * SLOWER)
     elif inspect.iscoroutinefunction(item.obj):
-        item.obj = with_deadline(item.obj, seconds)
+        item.obj = with_deadline(item.obj, seconds * SLOWER)
 
 
 def with_deadline(test: Callable[..., Awaitable[None]], seconds: float) -> Callable[..., Awaitable[None]]:

@@ -87,7 +87,7 @@ def userfault() -> None:
 
 @pytest.mark.lab
 @pytest.mark.usefixtures("userfault")
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(60)
 async def test_the_mapping_is_touched_while_vcpus_leave_for_pages(tmp_path: Path, rng: random.Random) -> None:
     """Both ways at once, on the same pages: each is installed once."""
     plan = Plan(usual(memory="16M", backing="guest_memfd", slot="guest_memfd"), tmp_path, rate=MEMORY // 4)

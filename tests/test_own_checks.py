@@ -54,7 +54,7 @@ def test_bad_tests_fail(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_errors.py").write_text(BAD_TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--layer", "base"]
-    environ = os.environ | {"COLUMNS": "300"}
+    environ = os.environ | {"COLUMNS": "300", "PYTHONPATH": str(here)}
     run = subprocess.run(command, cwd=tmp_path, env=environ, text=True, capture_output=True, timeout=60)
     report = run.stdout
     results = dict(re.findall(r"^(?:FAILED|ERROR) tests/test_errors.py::(\w+) - (.*)$", report, re.MULTILINE))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pace import SLOWER
 
 from gmemd.errors import DataError, UnavailableError
 from gmemd.native import ffi, lib
@@ -64,7 +65,7 @@ def command() -> Command:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "gmemd_tools.replay.cli", *map(str, arguments)]
-        return subprocess.run(words, text=True, capture_output=True, timeout=60)
+        return subprocess.run(words, text=True, capture_output=True, timeout=60 * SLOWER)
 
     return run
 

@@ -13,12 +13,14 @@ import struct
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from support.pace import SLOWER
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 PAGE = 4096
-PATIENCE = 60.0  # seconds; nothing here takes a tenth of it
+PATIENCE = 60.0 * SLOWER  # seconds; nothing here takes a tenth of it
 MESSAGE_LIMIT = 128 << 10
 
 EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_PROTOCOL, EX_CONFIG = 64, 65, 69, 76, 78

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.pace import SLOWER
 
 HERE = Path(__file__).parent
 CHECKS = re.findall(r"^    CHECK\((\w+)\),$", (HERE / "checks.c").read_text(), re.MULTILINE)
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 SKIP = 77  # as in checks.h
-SECONDS = 120  # for one check; 2 in the lab, where nothing else runs
+SECONDS = 60 * SLOWER  # for one check; 2 in the lab, where nothing else runs
 
 pytestmark = pytest.mark.lab
 

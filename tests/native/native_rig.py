@@ -21,6 +21,7 @@ from typing import Any, Generic, Self, TypeVar
 import native_frames as frames
 import pytest
 from cffi import FFI
+from support.pace import SLOWER
 
 from gmemd.errors import GmemdError
 from gmemd.native import check, lib
@@ -29,7 +30,7 @@ from gmemd.native.destination import Destination, Lane, Pager
 from gmemd.native.memory import Memory, Populate, Region
 
 PAGE, HUGE = 4096, 2 << 20
-PATIENCE = 10.0  # seconds; nothing here takes a tenth of it
+PATIENCE = 10.0 * SLOWER  # seconds; nothing here takes a tenth of it
 BUDGET_US = 50_000
 POLL_US = 50
 

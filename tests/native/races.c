@@ -38,9 +38,11 @@ static void take_cpu(int number)
 static void in_step(struct race *r, int me, uint64_t step)
 {
     r->step[me] = step;
-    for (unsigned spun = 0; r->step[!me] < step; spun++)
+    for (unsigned spun = 0; r->step[!me] < step; spun++) {
+        __builtin_ia32_pause(); /* has an emulated CPU give way, too */
         if (spun > 1000) /* the other has no CPU */
             sched_yield();
+    }
 }
 
 static void a_moment(uint64_t *random)

@@ -3,9 +3,11 @@
 import errno
 import gc
 import os
+import resource
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,16 @@ def test_an_urgent_lane_that_ends_is_told(how: str) -> None:
         reader.result()
 
 
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Room for two files a reader, which is more than is usual."""
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(usual[0], min(usual[1], 4096)), usual[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+
+
+@pytest.mark.usefixtures("many_files")
 def test_more_threads_than_there_is_room_for() -> None:
     """Beyond 1024 waits the messages stay in the kernel, and are read once there is room: all are answered."""
     count = lib.GM_MAX_WAITS + 60
@@ -164,6 +176,7 @@ def test_more_threads_than_there_is_room_for() -> None:
         assert guest.counter("requests") == count
 
 
+@pytest.mark.usefixtures("many_files")
 def test_a_removal_behind_more_faults_than_there_is_room_for() -> None:
     """An event that is not read holds up every CONTINUE, and faults that find no room lie before it: no deadlock."""
     count = lib.GM_MAX_WAITS + 60

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.pace import SLOWER
+
 TREE = Path(__file__).parents[2]
 
 
@@ -13,5 +15,5 @@ def build(folder: Path, *flags: str) -> Path:
     environ = os.environ | {"GMEMD_CFLAGS": " ".join(("-O1", *flags))}
     where = (f"--build-base={folder}", f"--build-lib={folder / 'lib'}")
     command = [sys.executable, "setup.py", "--quiet", "build", *where]
-    subprocess.run(command, cwd=TREE, env=environ, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=TREE, env=environ, check=True, capture_output=True, timeout=120 * SLOWER)
     return folder / "lib"

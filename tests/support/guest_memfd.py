@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gmemd import probe
+from support.pace import SLOWER
 
-SECONDS = 300  # for a demo; half a minute in an emulated machine on a host that does nothing else
+SECONDS = 30 * SLOWER  # for a demo; half a minute in an emulated machine on a host that does nothing else
 TRYING = {
     "guest_memfd": probe.guest_memfd,
     "guest_memfd_userfault": probe.guest_memfd_userfault,

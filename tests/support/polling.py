@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from support.pace import SLOWER
+
 T = TypeVar("T")
 
-PATIENCE = 20.0  # seconds; what is waited for here takes milliseconds
+PATIENCE = 20.0 * SLOWER  # seconds; what is waited for here takes milliseconds
 STEP = 0.005
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from gmemd import config, status
 from gmemd.errors import GmemdError, UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
+from gmemd.probe_host import available_memory
 from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
@@ -29,6 +30,7 @@ from gmemd_tools.network.trouble import Troubles
 
 LOOK_SECONDS = 0.05
 MAX_VCPUS = 8
+LEAST_MIB, USUAL_MIB = 16, 1024  # of a guest of no given size
 
 Event = dict[str, Any]
 
@@ -53,7 +55,15 @@ def main(options: argparse.Namespace) -> int:
     return 0 if summary["ok"] else UnavailableError.exit_code
 
 
+def _fitting() -> str:
+    """A power of two that leaves three quarters of what the host has free, as the guest is there twice."""
+    free = available_memory().value
+    eighth = free // 8 >> 20 if isinstance(free, int) else USUAL_MIB
+    return f"{min(USUAL_MIB, 1 << max(LEAST_MIB, eighth).bit_length() - 1)}M"
+
+
 def _check(options: argparse.Namespace) -> tuple[list[Injection], Conditions]:
+    options.memory = options.memory or _fitting()
     try:
         options.memory_bytes = config.parse_size(options.memory)
     except ValueError as error:

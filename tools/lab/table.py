@@ -5,10 +5,11 @@ usage: python3 -m tools.lab.table RESULT.json... >docs/kernels.md
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tools.lab.suite import tally
 
 Result = dict[str, Any]  # as tools/lab/matrix.py writes it
 
@@ -38,14 +39,10 @@ def names(results: Sequence[Result]) -> list[str]:
     return [result["name"] for result in results]
 
 
-def tally(outcomes: Iterable[str]) -> str:
-    counts = Counter(outcomes)
-    return ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped") if counts[word])
-
-
 def kernels(results: Sequence[Result]) -> str:
     def line(result: Result) -> list[str]:
-        ran = tally(test["outcome"] for test in result["tests"]) or f"did not run, status {result['status']}"
+        ran = tally(test["outcome"] for test in result["tests"])
+        ran += "".join(f"; {file} did not come to its end" for file in result["broken"])
         return [result["name"], result["release"] or "?", WHAT[result["name"]], ran, f"{result['seconds']:.0f} s"]
 
     return rows(("kernel", "release", "", "tests", "in"), map(line, results))

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "base.h"
 #include "json.h"
@@ -28,11 +29,21 @@ static void wait_for_go(struct vcpu *vcpu)
         pthread_cond_wait(&vcpu->machine->changed, &vcpu->machine->lock);
 }
 
+/* Where CPUs are few and emulated, guests that run at full speed would leave nothing to all else. */
+static void take_niceness(void)
+{
+    const char *wanted = getenv("GMEMD_VMM_NICE");
+
+    if (wanted && setpriority(PRIO_PROCESS, (id_t)gettid(), atoi(wanted)) < 0)
+        fail(EX_OSERR, "GMEMD_VMM_NICE=%s: %s", wanted, strerror(errno));
+}
+
 static void *vcpu_main(void *argument)
 {
     struct vcpu *vcpu = argument;
     struct machine *machine = vcpu->machine;
 
+    take_niceness();
     current_run = vcpu->run;
     for (;;) {
         pthread_mutex_lock(&machine->lock);

@@ -36,7 +36,9 @@ static const char HELP[] =
     "Events go to stdout, a JSON object a line. Commands come from stdin, one a line:\n"
     "  verify [PATH...]    end the work; the guest checks all its memory, then the host does,\n"
     "                      with the source's at hand: PATHs as its event \"paused\" names them\n"
-    "  quit                (or the end of stdin)\n";
+    "  quit                (or the end of stdin)\n"
+    "\n"
+    "GMEMD_VMM_NICE=N in the environment is the niceness of vCPUs.\n";
 
 static const char *const GUEST_NAMES[] = {"kvm", "threads"};
 static const char *const BACKING_NAMES[] = {"memfd", "hugetlb", "guest_memfd", "mixed"};
