@@ -87,6 +87,7 @@ def serve_here(listener: socket.socket, content: int, ahead: int) -> None:
             closing(Memory("demand", [Region(offset=0, size=PAGES * PAGE, page_size=PAGE, gpa=0)], [content]))
         )
         source = stack.enter_context(closing(Source(there)))
+        source.open()
         server = Server(source, ends[0].fileno(), checksum=True, poll_us=POLL_US, ahead=ahead)
         stack.enter_context(closing(server))
         lane = stack.enter_context(closing(Lane(destination, 0, ends[1].fileno(), checksum=True)))

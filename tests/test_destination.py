@@ -248,9 +248,7 @@ async def test_ranges_that_cannot_be_let_go_are_tried_again(
     assert host.migration.phase is Phase.COMPLETE
 
 
-async def test_a_source_that_comes_as_it_ends_tries_again(
-    host: Host, stack: AsyncExitStack
-) -> None:
+async def test_a_source_that_comes_as_it_ends_tries_again(host: Host, stack: AsyncExitStack) -> None:
     await host.vmm_comes()
     host.migration.end(Phase.ABANDONED)
     source = Source(host, stack)

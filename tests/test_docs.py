@@ -277,11 +277,12 @@ def test_state_layout(state: tuple[Memory, bytes]) -> None:
     table = rows(section(STATE, "state"))
     at = {what: int(offset) for offset, _, what in table}
     assert data[: at["version"]] == b"GMSTATE\0"
-    assert unpack(data, table) == [1, 2, len(data), *range(11, 17)]
+    messages = len(data) - 64 * 32
+    assert unpack(data, table) == [2, 2, len(data), *range(11, 17), messages]
     assert data[at["the migration's id, the rest zero"] :][:64] == b"the-id".ljust(64, b"\0")
-    assert len(data) == 856 + 2 * 128 + 2 * 8 * (2 + 4)
-    assert [int(offset) for offset, *_ in table][-3:] == [136, 600, 856]
-    assert not any(data[136:856])
+    assert messages == 856 + 2 * 128 + 2 * 8 * (2 + 4)
+    assert [int(offset) for offset, *_ in table][-4:] == [136, 592, 600, 856]
+    assert not any(data[136:592] + data[600:856])
 
 
 def test_state_of_a_region(state: tuple[Memory, bytes]) -> None:

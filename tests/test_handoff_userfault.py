@@ -42,8 +42,15 @@ class AskingVmm(Vmm):
         self.ask = trio.socket.from_stdlib_socket(ends[0])
         self._stack.callback(self.ask.close)
         self.region = {
-            "file": 0, "offset": PAGE, "size": PAGES * PAGE, "page_size": PAGE, "gpa": 0, "hva": self.hva + PAGE,
-            "uffd": 1, "bitmap": 2, "bitmap_offset": BEFORE,
+            "file": 0,
+            "offset": PAGE,
+            "size": PAGES * PAGE,
+            "page_size": PAGE,
+            "gpa": 0,
+            "hva": self.hva + PAGE,
+            "uffd": 1,
+            "bitmap": 2,
+            "bitmap_offset": BEFORE,
         }
         self.message: Message = {"gmemd": 1, "receive": migration, "regions": [self.region], "vcpus": 2, "faults": 3}
 
@@ -153,9 +160,7 @@ async def test_hand_offs_that_are_wrong_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("require_kvm")
-@pytest.mark.parametrize(
-    ("flags", "lacks"), [(0, "GUEST_MEMFD_FLAG_MMAP"), (MMAP, "GUEST_MEMFD_FLAG_INIT_SHARED")]
-)
+@pytest.mark.parametrize(("flags", "lacks"), [(0, "GUEST_MEMFD_FLAG_MMAP"), (MMAP, "GUEST_MEMFD_FLAG_INIT_SHARED")])
 async def test_a_guest_memfd_that_nobody_can_reach_is_refused(flags: int, lacks: str, tmp_path: Path) -> None:
     try:
         file = check(lib.gm_memfile_guest_memfd, (PAGES + 2) * PAGE, flags)

@@ -64,9 +64,7 @@ def notifier(manager: socket.socket) -> Notifier:
         (lambda notifier: notifier.status("half\nFDSTOREREMOVE=1"), b"STATUS=half FDSTOREREMOVE=1"),
     ],
 )
-def test_messages(
-    manager: socket.socket, notifier: Notifier, call: Callable[[Notifier], None], message: bytes
-) -> None:
+def test_messages(manager: socket.socket, notifier: Notifier, call: Callable[[Notifier], None], message: bytes) -> None:
     call(notifier)
     assert manager.recv(4096) == message
 

@@ -3,11 +3,12 @@
 import os
 import random
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.connection import BEAT, PAGES, REQUEST, ZERO, frame
+from support.connection import BEAT, FRAME, PAGES, REQUEST, ZERO, frame
 from support.rawdestination import RawDestination
 from support.source import SourceProcess, guest_content
 from support.sourcevmm import SourceVmm
@@ -66,6 +67,23 @@ def test_a_whole_migration(
     assert (told["pages"], told["urgent_pages"], told["recoveries"]) == (COUNT, 1, 0)
 
 
+@pytest.mark.usefixtures("source")
+def test_nothing_is_sent_before_the_guest_has_stopped(
+    destination: RawDestination, vmm: SourceVmm, content: bytes
+) -> None:
+    """It still writes: what a request could get now would be old by the time it runs elsewhere."""
+    destination.join()
+    lane = destination.lanes[0].socket
+    lane.sendall(frame(REQUEST, 0, 7, 1))
+    lane.recv(1)  # of a sign of life, or of a page
+    assert vmm.receive() == {"pause": True}
+    os.pwrite(vmm.files[0], content[:PAGE], 7 * PAGE)
+    vmm.answer({"paused": True})
+    destination.take_switch()
+    lane.recv(FRAME.size - 1, socket.MSG_WAITALL)
+    assert destination.ask(7) == content[:PAGE]
+
+
 def test_holes_are_told_and_not_sent(destination: RawDestination, tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -101,7 +119,7 @@ def test_what_was_lost_is_sent_again_and_nothing_else(
 @pytest.mark.usefixtures("source")
 def test_a_request_right_behind_the_answer_to_a_lane(destination: RawDestination, content: bytes) -> None:
     """The destination asks for what is waited for as soon as a lane is there."""
-    destination.greet()
+    destination.greet(switched=True)
     for _ in range(2):
         lane = destination.accept()
         hello = lane.expect(wire.LaneHello)

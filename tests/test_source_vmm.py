@@ -99,9 +99,7 @@ def test_it_is_not_there(tmp_path: Path) -> None:
         assert source.result()[::2] == (os.EX_UNAVAILABLE, f"gmemd-source: {path}: No such file or directory\n")
 
 
-def test_it_dies_while_its_guest_still_runs(
-    vmm: SourceVmm, source: SourceProcess, destination: RawDestination
-) -> None:
+def test_it_dies_while_its_guest_still_runs(vmm: SourceVmm, source: SourceProcess, destination: RawDestination) -> None:
     vmm.hand_over("m")
     destination.greet()
     destination.take_lanes(1)

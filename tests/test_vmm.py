@@ -91,9 +91,7 @@ def huge_pages() -> Iterator[None]:
 
 @pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("backing", ["hugetlb", "mixed"])
-def test_a_guest_moves_in_huge_pages(
-    start: Callable[..., Vmm], sockets: Sockets, guest: str, backing: str
-) -> None:
+def test_a_guest_moves_in_huge_pages(start: Callable[..., Vmm], sockets: Sockets, guest: str, backing: str) -> None:
     machine = ["--memory", "48M", "--vcpus", "2", "--regions", "4", "--backing", backing, "--guest", guest]
     moved = Guest(start, sockets, *machine)
     sizes = {region["page_size"] for region in moved.offer["regions"]}

@@ -20,9 +20,7 @@ class Damage:
 
     def __init__(self, start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
         # Sequential: so we know which page a vCPU may be in the middle of.
-        self.moved = Guest(
-            start, sockets, "--memory", "8M", "--guest", guest, workload=["--pattern", "sequential"]
-        )
+        self.moved = Guest(start, sockets, "--memory", "8M", "--guest", guest, workload=["--pattern", "sequential"])
         self.moved.pause(least_steps=(8 << 20) // PAGE)  # each page that it owns once
         self.moved.copy()
         self.memory = self.moved.memory()

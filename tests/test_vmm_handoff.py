@@ -119,9 +119,7 @@ def test_errors_and_a_lost_daemon_do_not_stop_a_guest_that_runs(
     assert moved.destination.end() == 0
 
 
-def test_a_guest_goes_on_after_a_failed_migration(
-    start: Callable[..., Vmm], sockets: Sockets, guest: str
-) -> None:
+def test_a_guest_goes_on_after_a_failed_migration(start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
     source = start("source", "--listen", sockets.source, "--memory", "4M", "--vcpus", "2", "--guest", guest)
     source.expect("filled")
     source.expect("running")

@@ -11,16 +11,13 @@ import trio
 from gmemd.errors import AbandonedError, GmemdError, LinkError, RefusedError
 from gmemd.migrate import wire
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
-from gmemd.migrate.session import Session
+from gmemd.migrate.session import SPACE_SECONDS, Session
 from gmemd.migrate.tasks import open_tasks
 from gmemd.native.destination import Destination, Pager
 from gmemd.native.memory import Memory, Note
 from gmemd.rates import Rates
 
 log = logging.getLogger(__name__)
-
-# How often pages that could not be put in place are asked for again: space has to come back meanwhile.
-RETRY_SECONDS = 1.0
 
 
 class Phase(enum.Enum):
@@ -41,6 +38,7 @@ class Report:
     switched: float | None = None  # or since this daemon has it
     completed: float | None = None
     stuck: str | None = None  # why pages could not be put in place, while that lasts
+    stuck_since: float | None = None
     link: str | None = None  # why there is no source, while there is none
 
 
@@ -76,6 +74,8 @@ class IncomingMigration:
         self.ready = trio.Event()  # the guest may run here, or never will
         self.ended = trio.Event()
         self._full = trio.Event()  # nothing is missing
+        self._stuck_again = False  # since the last attempt
+        self._broken = False  # for good
 
     def start(self) -> None:
         """Registers the memory. From here on, a fault waits until its page has come."""
@@ -170,6 +170,7 @@ class IncomingMigration:
         self.keep_state(state)
         self.memory.set_note(Note.SWITCHED, 1)
         self._run_guest()
+        self.pager.ask(self.destination)  # what the VMM itself has touched: the source passed over requests until now
 
     def _run_guest(self) -> None:
         self.phase = Phase.RUNNING
@@ -231,6 +232,8 @@ class IncomingMigration:
                 log.warning("the VMM has died", extra={"migration": self.name})
                 self.report.link = "the VMM has died"
                 self.end(Phase.ABANDONED)
+            if events.vmm_broken:
+                self._broken = True
             if events.stuck or events.vmm_broken:
                 self._stuck(events.problem)
             if events.urgent_down and self.session:
@@ -246,20 +249,31 @@ class IncomingMigration:
                 break
             except GmemdError as error:  # the VMM is on its way out, or has unmapped what it handed over
                 self._stuck(error)
-            await trio.sleep(RETRY_SECONDS)
+            await trio.sleep(SPACE_SECONDS)
+        self.report.stuck = self.report.stuck_since = None
         log.info("complete, %d pages", self.memory.pages, extra={"migration": self.name})
         self.end(Phase.COMPLETE)
 
     def _stuck(self, problem: GmemdError) -> None:
+        """Said once, however many pages it meets and however often they are tried."""
+        self._stuck_again = True
+        if self.report.stuck is None:
+            self.report.stuck_since = time.monotonic()
+            log.error("%s", problem, extra={"migration": self.name})
         self.report.stuck = str(problem)
-        log.error("%s", problem, extra={"migration": self.name, "once": (self.name, str(problem)), "every": 60.0})
 
     async def _retry_what_is_stuck(self) -> None:
+        """Until an attempt has met no trouble."""
         while True:
-            await trio.sleep(RETRY_SECONDS)
-            if self.report.stuck:
-                self.report.stuck = None
+            await trio.sleep(SPACE_SECONDS)
+            if self.report.stuck is None or self._broken:
+                continue
+            if self._stuck_again:
+                self._stuck_again = False
                 self.pager.ask(self.destination)
+            else:
+                self.report.stuck = self.report.stuck_since = None
+                log.info("goes on", extra={"migration": self.name})
 
 
 def _difference(theirs: list[list[int]], ours: list[list[int]]) -> str:

@@ -31,6 +31,8 @@ STEP_US = 20_000
 # After the source has sent all, this long without a page means that what is missing was lost on the way.
 QUIET_SECONDS = 0.25
 MAX_QUIET_SECONDS = 5.0
+# How soon a page for which there was no space is tried again.
+SPACE_SECONDS = 0.5
 
 
 class PageLane:
@@ -243,7 +245,8 @@ class Session:
             await trio.lowlevel.wait_readable(fd)
             lane.empty = False
             while await trio.to_thread.run_sync(lane.lane.receive, STEP_US, limiter=self.migration.lane_threads):
-                pass
+                if lane.lane.held:
+                    await trio.sleep(SPACE_SECONDS)
 
     def _lane_failed(self, number: int, error: GmemdError) -> None:
         """A lane's end is the link's business; wrong bytes are worse, and end the session."""

@@ -126,6 +126,7 @@ class OutgoingMigration:
             if welcome:
                 self.epoch, self.token = welcome.epoch, welcome.token
                 if welcome.switched:
+                    self.source.open()
                     self.progress.switched = self.progress.switched or time.monotonic()
                 self.progress.phase = "joining"
                 self.progress.trouble = None
@@ -236,6 +237,7 @@ class _Session:
 
     async def _switch(self) -> None:
         state = await self.migration.state()
+        self.migration.source.open()
         for at in range(0, len(state), wire.STATE_PIECE):
             await self.control.send(wire.State(state[at : at + wire.STATE_PIECE]))
         # From the moment the destination may have this, the guest may run there, and must not here.

@@ -6,6 +6,7 @@
 #include "memfile.h"
 #include "memory.h"
 #include "memory_layout.h"
+#include "uapi.h"
 #include "userfault.h"
 
 #include <errno.h>
@@ -15,15 +16,18 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-/* Whether a bitmap lies behind all that was found before it; *used is moved to its end. */
-static bool bitmap_fits(const struct gm_state *state, uint64_t at, uint64_t pages, uint64_t *used)
+/* Whether something of the state lies behind all that was found before it; *used is moved to its end. */
+static bool fits(const struct gm_state *state, uint64_t at, uint64_t bytes, uint64_t *used)
 {
-    uint64_t bytes = gm_bitmap_words(pages) * sizeof(gm_word);
-
     if (at % sizeof(gm_word) || at < *used || at > state->size || bytes > state->size - at)
         return false;
     *used = at + bytes;
     return true;
+}
+
+static bool bitmap_fits(const struct gm_state *state, uint64_t at, uint64_t pages, uint64_t *used)
+{
+    return fits(state, at, gm_bitmap_words(pages) * sizeof(gm_word), used);
 }
 
 static const char *wrong_with_region(const struct gm_state *state, const struct gm_state_region *r, unsigned fds,
@@ -63,6 +67,8 @@ static int check_state(const struct gm_state *state, uint64_t file_size, unsigne
         if (wrong)
             return gm_blame(ret, GM_VMM, 0, "state damaged: region %u: %s", i, wrong);
     }
+    if (state->messages_at && !fits(state, state->messages_at, GM_MESSAGES * GM_MESSAGE_BYTES, &used))
+        return gm_blame(ret, GM_VMM, 0, "state damaged: where its messages are");
     for (unsigned i = 0; i < GM_MAX_LANES; i++)
         if (gm_span_read(atomic_load(&state->inflight[i].span)).count > GM_FRAME_PAGES)
             return gm_blame(ret, GM_VMM, 0, "state damaged: the frame of lane %u", i);
@@ -92,6 +98,44 @@ static struct gm_state *map_state(int fd, unsigned fds, struct gm_problem *ret)
     return state;
 }
 
+/* The VMM took pages out. What of them is not received may have been half-populated meanwhile. */
+static int take_out(struct gm_region *r, uint64_t first, uint64_t count, struct gm_problem *ret)
+{
+    uint64_t end = first + count;
+
+    while ((first = gm_bitmap_find(r->received, first, end, false)) < end) {
+        uint64_t run_end = gm_bitmap_find(r->received, first, end, true);
+        int error = gm_memfile_punch(r->fd, gm_file_offset(r, first), gm_bytes(r, run_end - first));
+
+        if (error)
+            return gm_blame(ret, GM_KERNEL, -error, "region %u: pages %llu to %llu", r->index,
+                            (unsigned long long)first, (unsigned long long)run_end - 1);
+        gm_bitmap_set(r->received, first, run_end - first);
+        first = run_end;
+    }
+    return 0;
+}
+
+/* Removals that were read, and perhaps not acted upon. To do it twice is no harm: what is received is left alone. */
+static int replay_messages(struct gm_memory *m, struct gm_problem *ret)
+{
+    struct uffd_msg *message = m->messages;
+
+    for (unsigned at = 0; at < GM_MESSAGES; at++, message++) {
+        if (message->event != UFFD_EVENT_REMOVE && message->event != UFFD_EVENT_UNMAP)
+            continue;
+        for (unsigned i = 0; i < m->count; i++) {
+            uint64_t first, count;
+
+            count = gm_region_clip(&m->region[i], message->arg.remove.start, message->arg.remove.end, &first);
+            if (count && take_out(&m->region[i], first, count, ret) < 0)
+                return -1;
+        }
+        message->event = 0;
+    }
+    return 0;
+}
+
 /* A page that the VMM took out while a lane was populating it: zero, and received. */
 static int finish_removals(struct gm_memory *m, struct gm_problem *ret)
 {
@@ -103,15 +147,9 @@ static int finish_removals(struct gm_memory *m, struct gm_problem *ret)
         for (unsigned bit = 0; bit < span.count && span.region < m->count; bit++) {
             struct gm_region *r = &m->region[span.region];
             uint64_t page = span.first + bit;
-            int error;
 
-            if (!(removed >> bit & 1) || page >= r->pages || gm_bitmap_test(r->received, page))
-                continue;
-            error = gm_memfile_punch(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
-            if (error)
-                return gm_blame(ret, GM_KERNEL, -error, "region %u: page %llu", r->index,
-                                (unsigned long long)page);
-            gm_bitmap_set(r->received, page, 1);
+            if (removed >> bit & 1 && page < r->pages && take_out(r, page, 1, ret) < 0)
+                return -1;
         }
         atomic_store(&slot->span, 0);
     }
@@ -168,7 +206,8 @@ struct gm_memory *gm_memory_adopt(int state_fd, const int *fds, unsigned count, 
     if (!m)
         return NULL;
     m->state_fd = fcntl(state_fd, F_DUPFD_CLOEXEC, 0);
-    if (m->state_fd < 0 || bind_all(m, fds, ret) < 0 || finish_removals(m, ret) < 0) {
+    if (m->state_fd < 0 || bind_all(m, fds, ret) < 0 || replay_messages(m, ret) < 0 ||
+        finish_removals(m, ret) < 0) {
         if (m->state_fd < 0)
             gm_blame(ret, GM_KERNEL, errno, "state");
         gm_memory_free(m);

@@ -25,7 +25,7 @@ struct gm_destination;
 #define GM_EVENT_URGENT_DOWN 2 /* the urgent lane ended; the problem says how */
 #define GM_EVENT_STUCK 4       /* a page could not be put in place; the problem says why */
 #define GM_EVENT_VMM_GONE 8    /* the process of the userfaultfd no longer exists */
-#define GM_EVENT_VMM_BROKEN 16 /* the VMM broke the protocol of its fault socket, which is read no more */
+#define GM_EVENT_VMM_BROKEN 16 /* a userfaultfd or the fault socket of the VMM cannot be read, and is read no more */
 
 struct gm_counters {
     uint64_t faults, faults_missing, faults_minor, faults_vcpu; /* vcpu: asked by a vCPU that left KVM_RUN */

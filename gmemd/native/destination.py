@@ -166,6 +166,11 @@ class Lane:
         return check(lib.gm_lane_receive, self.native, budget_us) == lib.GM_LANE_BUSY
 
     @property
+    def held(self) -> bool:
+        """Whether it ended at a frame that the host has no room for, and that it will try again."""
+        return bool(lib.gm_lane_held(self.native))
+
+    @property
     def heard_ns(self) -> int:
         """When something last came, CLOCK_MONOTONIC."""
         return int(lib.gm_lane_heard_ns(self.native))

@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "install.h"
+#include "kill_point.h"
 #include "uapi.h"
 #include "uffd.h"
 #include "vcpus.h"
@@ -12,8 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Messages a read: enough to take all that many vCPUs send at once, 2 KiB of stack. */
-enum { MESSAGES = 64 };
+_Static_assert(sizeof(struct uffd_msg) == GM_MESSAGE_BYTES, "the state has room for whole messages");
 
 void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64_t first, uint32_t count)
 {
@@ -141,7 +141,7 @@ int gm_faults_read_vcpus(struct gm_port *port, struct gm_problem *ret)
     struct gm_destination *d = port->destination;
     int taken = 0;
 
-    for (; taken < MESSAGES; taken++) {
+    for (; taken < GM_MESSAGES; taken++) {
         struct gm_wait wait = {.since_ns = gm_now_ns(), .vcpu = 1};
         struct gm_region *r;
         int got;
@@ -172,13 +172,18 @@ static void take_removal(struct gm_port *port, const struct uffd_msg *message)
 
     for (unsigned i = 0; i < m->count; i++) {
         struct gm_region *r = &m->region[i];
-        uint64_t from = start > r->hva ? start : r->hva;
-        uint64_t to = end < r->hva + gm_bytes(r, r->pages) ? end : r->hva + gm_bytes(r, r->pages);
+        uint64_t first, count = gm_region_clip(r, start, end, &first);
 
-        if (from < to)
-            gm_install_removed(port->destination, r, (from - r->hva) >> r->page_shift,
-                               (to - from) >> r->page_shift);
+        if (count)
+            gm_install_removed(port->destination, r, first, count);
     }
+}
+
+/* Once they are acted upon, a successor must not find them. */
+static void forget_messages(struct uffd_msg *messages, int count)
+{
+    for (int i = 0; i < count; i++)
+        messages[i].event = 0;
 }
 
 static bool take_event(struct gm_port *port, const struct uffd_msg *message)
@@ -201,7 +206,8 @@ int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret)
 {
     struct gm_destination *d = port->destination;
     unsigned room = GM_MAX_WAITS - atomic_load(&d->waits.count);
-    struct uffd_msg messages[MESSAGES];
+    struct uffd_msg messages[GM_MESSAGES];
+    struct uffd_msg *kept = d->memory->messages;
     bool removed = false;
     uint64_t now;
     int n;
@@ -211,12 +217,17 @@ int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret)
         if (!port->again)
             return 0;
         /* Behind faults that nobody has read may lie the event that holds up every CONTINUE, and with it all that waits. */
-        room = MESSAGES;
+        room = GM_MESSAGES;
     }
     gm_install_events_begin(d);
-    n = gm_uffd_read(uffd, messages, room < MESSAGES ? room : MESSAGES);
-    for (int i = 0; i < n; i++)
+    n = gm_uffd_read(uffd, kept, room < GM_MESSAGES ? room : GM_MESSAGES);
+    for (int i = 0; i < n; i++) {
+        messages[i] = kept[i];
+        if (kept[i].event == UFFD_EVENT_REMOVE)
+            gm_kill_point("removal-read", 0);
         removed |= take_event(port, &messages[i]);
+    }
+    forget_messages(kept, n);
     gm_install_events_end(d);
     if (n < 0)
         return gm_blame(ret, GM_VMM, -n, "userfaultfd %d", uffd);

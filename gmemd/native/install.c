@@ -33,6 +33,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/stat.h>
 
 /* A hole is made present and mapped in two steps, and the VMM may take the page out in between; then again, but not for ever. */
 enum { HOLE_ATTEMPTS = 8 };
@@ -77,6 +78,26 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
     gm_kill_point("claimed", 0);
 }
 
+static bool cut_short(const struct gm_region *r, uint64_t end)
+{
+    struct stat st;
+
+    return fstat(r->fd, &st) < 0 || (uint64_t)st.st_size < gm_file_offset(r, end);
+}
+
+/* That a store failed says nothing of the reason: the VMM has truncated its file, or the host has no room, which fallocate() tells. */
+static int store_in_alias(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data)
+{
+    size_t length = gm_bytes(r, count);
+    unsigned char *to = r->alias + gm_bytes(r, page);
+    int error = gm_guarded_store(to, data, length);
+
+    if (!error || cut_short(r, page + count))
+        return error;
+    error = gm_memfile_zero(r->fd, gm_file_offset(r, page), length);
+    return error ? error : gm_guarded_store(to, data, length);
+}
+
 static int store(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data,
                  struct gm_problem *ret)
 {
@@ -92,7 +113,7 @@ static int store(struct gm_region *r, uint64_t page, unsigned count, const unsig
         if (gm_region_map_alias(r, ret) < 0)
             return -ret->error;
     }
-    return gm_guarded_store(r->alias + gm_bytes(r, page), data, length);
+    return store_in_alias(r, page, count, data);
 }
 
 /* A page is a hole from the beginning, unless an attempt to populate it failed half-way. */

@@ -65,6 +65,11 @@ uint64_t gm_lane_heard_ns(const struct gm_lane *lane)
     return atomic_load(&lane->stream.heard_ns);
 }
 
+int gm_lane_held(const struct gm_lane *lane)
+{
+    return lane->held;
+}
+
 /* Bytes that are still to come before the frame at `start` is whole; 0 when it is. */
 static int lacking(struct gm_lane *lane, size_t *ret, struct gm_problem *problem)
 {
@@ -112,6 +117,13 @@ void gm_lane_count(const struct gm_lane *lane, uint64_t claimed)
     }
 }
 
+/* Space comes back. Meanwhile a background lane keeps its frame and lets the source wait; the urgent lane is the pager's, which must
+ * not wait: what is missing there is asked for again. */
+static bool worth_keeping(const struct gm_lane *lane, const struct gm_problem *problem)
+{
+    return lane->index && (problem->error == ENOSPC || problem->error == ENOMEM);
+}
+
 static void install(struct gm_lane *lane, const unsigned char *payload)
 {
     const struct gm_frame *f = &lane->frame;
@@ -124,6 +136,7 @@ static void install(struct gm_lane *lane, const unsigned char *payload)
     gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
     if (gm_install_populate(&in, f->kind == GM_KIND_PAGES ? payload : NULL, &problem) < 0) {
         gm_install_give_up(&in);
+        lane->held = worth_keeping(lane, &problem);
         gm_destination_tell(d, GM_EVENT_STUCK, &problem);
         return;
     }
@@ -141,6 +154,8 @@ static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
         result = gm_lane_ask_again(lane, ret);
     else if (lane->frame.kind != GM_KIND_BEAT)
         install(lane, payload);
+    if (lane->held)
+        return 0;
     lane->start += GM_HEADER_BYTES + lane->frame.length;
     lane->has_frame = 0;
     return result;
@@ -195,11 +210,14 @@ int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem 
 {
     uint64_t now = gm_now_ns(), until = now + (uint64_t)budget_us * 1000;
 
+    lane->held = false;
     while (now < until) {
         int done = step(lane, ret);
 
         if (done < 0)
             return -1;
+        if (lane->held)
+            return GM_LANE_BUSY;
         now = gm_now_ns();
         if (!done) {
             struct pollfd more = {.fd = lane->stream.socket, .events = POLLIN};

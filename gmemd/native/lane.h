@@ -24,6 +24,8 @@ struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned lane, int socket,
 void gm_lane_free(struct gm_lane *lane);
 /* Installs what comes until nothing more is there or `budget_us` is over: a gm_lane_state, or -1 when the lane ended. */
 int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem *ret);
+/* Whether the last gm_lane_receive() ended at a frame that the host has no room for: the next one tries it again. */
+int gm_lane_held(const struct gm_lane *lane);
 /* When something last came, CLOCK_MONOTONIC. */
 uint64_t gm_lane_heard_ns(const struct gm_lane *lane);
 /* end python */
@@ -40,6 +42,7 @@ struct gm_lane {
     bool direct;   /* some region takes its pages straight from the socket, so nothing is read ahead */
     bool looked;   /* for the payload of this frame, and not all of it was there */
     bool buffered; /* this frame takes the way through the buffer all the same */
+    bool held;     /* it found no room */
     unsigned damaged;
 };
 

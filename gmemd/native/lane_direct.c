@@ -129,6 +129,7 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
         gm_blame(ret, GM_VMM, EFAULT, "region %u: pages %llu to %llu cannot be put in place", f->region,
                  (unsigned long long)f->first, (unsigned long long)(f->first + f->count - 1));
         gm_destination_tell(d, GM_EVENT_STUCK, ret);
+        lane->direct = false; /* what the socket has given cannot be tried again; what the buffer holds can */
     } else if (lane->checksum && payload.crc != f->crc) {
         gm_install_give_up(&in);
         result = gm_lane_ask_again(lane, ret) < 0 ? -1 : 1;

@@ -27,7 +27,7 @@ static size_t state_size(const struct gm_region_spec *specs, unsigned count)
 
     for (unsigned i = 0; i < count; i++)
         size += 2 * bitmap_bytes(specs[i].pages);
-    return size;
+    return size + GM_MESSAGES * GM_MESSAGE_BYTES;
 }
 
 static void describe(struct gm_state *state, const char *migration, const struct gm_region_spec *specs,
@@ -53,7 +53,8 @@ static void describe(struct gm_state *state, const char *migration, const struct
         at += 2 * bitmap_bytes(specs[i].pages);
     }
     strncpy(state->migration, migration, GM_ID_BYTES - 1);
-    state->size = at;
+    state->messages_at = at;
+    state->size = at + GM_MESSAGES * GM_MESSAGE_BYTES;
     state->regions = count;
     state->version = GM_STATE_VERSION;
     memcpy(state->magic, gm_state_magic, sizeof state->magic);
@@ -91,6 +92,14 @@ struct gm_memory *gm_memory_around(struct gm_state *state, struct gm_problem *re
     m->state = state;
     m->state_fd = -1;
     m->count = state->regions;
+    m->messages = (char *)state + state->messages_at;
+    if (!state->messages_at)
+        m->messages = m->own_messages = calloc(GM_MESSAGES, GM_MESSAGE_BYTES);
+    if (!m->messages) {
+        gm_blame(ret, GM_KERNEL, ENOMEM, "memory of %u regions", state->regions);
+        gm_memory_free(m);
+        return NULL;
+    }
     return m;
 }
 
@@ -145,6 +154,7 @@ void gm_memory_free(struct gm_memory *m)
     if (m->state_fd >= 0)
         close(m->state_fd);
     free(m->stages);
+    free(m->own_messages);
     free(m);
 }
 
@@ -218,16 +228,19 @@ uint64_t gm_memory_received(const struct gm_memory *m)
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
 {
     size_t size = gm_bytes(r, r->pages);
+    unsigned char *none = NULL;
     void *map;
 
-    if (r->alias)
+    if (atomic_load(&r->alias))
         return 0;
     map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, (off_t)r->offset);
     if (map == MAP_FAILED)
         return gm_blame(ret, GM_VMM, errno, "region %u: its memory file cannot be mapped", r->index);
     /* Guest memory has no place in a core dump. */
     madvise(map, size, MADV_DONTDUMP);
-    r->alias = map;
+    /* Two lanes may come here at once. */
+    if (!atomic_compare_exchange_strong(&r->alias, &none, map))
+        munmap(map, size);
     return 0;
 }
 
@@ -303,6 +316,15 @@ struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa)
         if (gpa - m->region[i].gpa < gm_bytes(&m->region[i], m->region[i].pages))
             return &m->region[i];
     return NULL;
+}
+
+uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first)
+{
+    uint64_t region_end = r->hva + gm_bytes(r, r->pages);
+    uint64_t from = start > r->hva ? start : r->hva, to = end < region_end ? end : region_end;
+
+    *first = (from - r->hva) >> r->page_shift;
+    return from < to ? (to - from) >> r->page_shift : 0;
 }
 
 unsigned gm_memory_runs(const struct gm_memory *m, unsigned region, int bitmap, uint64_t *from, uint64_t *pairs,

@@ -108,6 +108,9 @@ struct gm_inflight {
     gm_word removed; /* pages of it that the VMM took out meanwhile */
 };
 
+/* Messages of a userfaultfd (struct uffd_msg) that are read at once: enough to take all that many vCPUs send. */
+enum { GM_MESSAGES = 64, GM_MESSAGE_BYTES = 32 };
+
 /*
  * The state's layout is part of the interface between versions of gmemd: fields stay where they are, and later versions take theirs from
  * `reserved`, which is zero.
@@ -127,7 +130,8 @@ struct gm_state {
     uint64_t size;
     char migration[GM_ID_BYTES];
     _Atomic uint64_t note[GM_NOTES];
-    uint64_t reserved[64 - GM_NOTES];
+    uint64_t reserved[63 - GM_NOTES];
+    uint64_t messages_at; /* where in the state messages are read to; 0 in version 1, which has no such place */
     struct gm_inflight inflight[GM_MAX_LANES];
     struct gm_state_region region[];
 };
@@ -139,7 +143,7 @@ struct gm_region {
     uint32_t page_shift;
     uint64_t offset, pages, gpa, hva;
     gm_word *claimed, *received;
-    unsigned char *alias;
+    unsigned char *_Atomic alias;
     gm_word *userfault; /* KVM userfault: a set bit makes a vCPU ask; NULL without */
     void *userfault_map;
     size_t userfault_size;
@@ -153,6 +157,8 @@ struct gm_memory {
     uint64_t pages;
     _Atomic uint64_t received;
     struct gm_stages *stages; /* or NULL */
+    void *messages; /* in the state, so that what was read and not acted upon outlives us */
+    void *own_messages; /* for a state without a place for them */
     struct gm_region region[];
 };
 
@@ -175,6 +181,9 @@ static inline uint64_t gm_file_offset(const struct gm_region *r, uint64_t page)
 /* The region that covers an address of the VMM, or of the guest; NULL if none does. */
 struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva);
 struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa);
+
+/* The pages of [start, end), addresses of the VMM, that lie in the region: returns how many, from *first on. */
+uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first);
 
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
 

@@ -5,7 +5,7 @@
 #include "memory.h"
 
 #ifndef GM_STATE_VERSION
-#define GM_STATE_VERSION 1
+#define GM_STATE_VERSION 2
 #endif
 
 extern const char gm_state_magic[8];

@@ -264,10 +264,8 @@ void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
     INTERRUPTED(p);
     struct gm_port *port = port_of(p, d);
 
-    if (port && port->urgent && port->out_start == port->out_end) {
-        gm_faults_ask_all(port);
-        send_requests(p, port);
-    }
+    if (port && port->urgent)
+        port->unsaid = true;
 }
 
 static void read_urgent(struct gm_pager *p, struct gm_port *port)
@@ -289,7 +287,7 @@ static bool read_faults(struct gm_pager *p, struct gm_port *port, unsigned regio
 
     if (n < 0) {
         epoll_ctl(p->epoll, EPOLL_CTL_DEL, uffd, NULL);
-        gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
+        gm_destination_tell(port->destination, GM_EVENT_VMM_BROKEN, &problem);
     } else if (port->full) {
         watch_faults(p, port, EPOLL_CTL_DEL);
     }

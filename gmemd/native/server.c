@@ -121,7 +121,7 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
 
     if (gm_frame_decode_untrusted(header, source->memory, 0, server->sender.checksum, server->sender.stream.name, &f, ret) < 0)
         return -1;
-    if (f.kind == GM_KIND_REQUEST) {
+    if (f.kind == GM_KIND_REQUEST && atomic_load(&source->open)) {
         r = &source->memory->region[f.region];
         if (!gm_sender_fits(&server->sender, r, f.count))
             return 1;

@@ -40,6 +40,11 @@ void gm_source_counters(const struct gm_source *s, struct gm_source_counters *ou
     };
 }
 
+void gm_source_open(struct gm_source *s)
+{
+    atomic_store(&s->open, true);
+}
+
 void gm_source_restart(struct gm_source *s)
 {
     GM_LOCKED(&s->lock);

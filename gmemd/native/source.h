@@ -31,6 +31,9 @@ void gm_source_set_rate(struct gm_source *s, uint64_t bytes_per_s);
 /* How long the background has to hold its breath now, in µs. */
 uint64_t gm_source_pause_us(struct gm_source *s);
 
+/* The guest has stopped: what its memory holds is final. Until then, requests are passed over; they come again with the switch. */
+void gm_source_open(struct gm_source *s);
+
 /* Begins anew: every page is still to be sent, but for those that gm_source_skip() names next. */
 void gm_source_restart(struct gm_source *s);
 void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64_t count);
@@ -47,6 +50,7 @@ unsigned gm_source_holes(struct gm_source *s, unsigned region, uint64_t *from, u
 
 struct gm_source {
     struct gm_memory *memory;
+    _Atomic bool open;
     pthread_mutex_t lock; /* of the cursor */
     unsigned region;
     uint64_t page;

@@ -42,6 +42,10 @@ class Source:
         lib.gm_source_follow(self.native, order.native)
         self._order = order
 
+    def open(self) -> None:
+        """What the memory holds is final: requests are answered from now on."""
+        lib.gm_source_open(self.native)
+
     def restart(self) -> None:
         """Begins anew: every page is to be sent."""
         lib.gm_source_restart(self.native)

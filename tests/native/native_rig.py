@@ -33,6 +33,7 @@ PAGE, HUGE = 4096, 2 << 20
 PATIENCE = 10.0 * SLOWER  # seconds; nothing here takes a tenth of it
 BUDGET_US = 50_000
 POLL_US = 50
+STATE_MESSAGES = 64 * 32  # bytes that end a state, behind the bitmaps
 
 EVENT_FAULT, EVENT_REMOVE = 0x12, 0x15
 FEATURE_REMOVE, FEATURE_THREAD_ID = 1 << 3, 1 << 8
@@ -159,10 +160,11 @@ class Line:
         self.deal()
 
     def deal(self) -> None:
-        """Has the lane deal with all that was sent."""
+        """Has the lane deal with all that was sent, or that it has room for."""
         while True:
             sent = self.far.all_sent()
-            if not self.lane.receive(BUDGET_US) and sent:
+            more = self.lane.receive(BUDGET_US)
+            if sent and (not more or self.lane.held):
                 return
 
     def close(self) -> None:

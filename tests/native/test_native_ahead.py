@@ -24,6 +24,7 @@ def serving(ahead: int) -> Iterator[tuple[Source, Far]]:
         memory_file.flush()
         with Memory("test", [Region(offset=0, size=PAGES * PAGE, page_size=PAGE, gpa=0)], [file]) as memory:
             source = Source(memory)
+            source.open()
             far, near = tcp_pair()
             server = Server(source, near.fileno(), checksum=True, poll_us=0, ahead=ahead)
             task = Task(server.run)

@@ -35,6 +35,7 @@ def source_of(shapes: Sequence[tuple[int, int]], zero_every: int) -> Iterator[So
         ]
         memory = stack.enter_context(Memory("test", regions, files))
         source = Source(memory)
+        source.open()
         stack.callback(source.close)
         yield source
 

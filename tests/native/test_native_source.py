@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 from native_frames import BEAT, PAGES, REQUEST, ZERO, Frame, beat, request
-from native_rig import HUGE, PAGE, PATIENCE, Far, Task, content, huge_pages, new_file, tcp_pair, until
+from native_rig import HUGE, PAGE, PATIENCE, STATE_MESSAGES, Far, Task, content, huge_pages, new_file, tcp_pair, until
 
 from gmemd.errors import HandoffError, LinkError, ProtocolError
 from gmemd.native import check, lib
@@ -46,6 +46,7 @@ class Host:
         ]
         self.memory = self._stack.enter_context(Memory("test", regions, self.files))
         self.source = Source(self.memory)
+        self.source.open()
         self._stack.callback(self.source.close)
 
     def __enter__(self) -> Self:
@@ -329,7 +330,7 @@ def test_a_page_taken_from_the_middle_of_a_frame_costs_no_other(races: "Races") 
     with Host((count, PAGE)) as host:
         state_size = os.fstat(host.memory.state_fd).st_size
         with mmap.mmap(host.memory.state_fd, state_size, mmap.MAP_SHARED) as state:
-            at = state_size - 2 * count // 8  # two bitmaps end the state, this one first
+            at = state_size - STATE_MESSAGES - 2 * count // 8  # two bitmaps, this one first
             state[at : at + count // 8] = bytes([0b11100011]) * (count // 8)
         times = races.source(host.source)
         assert set(times[2::8]) == set(times[4::8]) == {1}

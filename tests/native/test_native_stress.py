@@ -15,8 +15,7 @@ FRAME = 16
 COUNTER = struct.Struct("<Q")
 
 FRAMES = [
-    pages(0, first, b"".join(content(page) for page in range(first, first + FRAME)))
-    for first in range(0, PAGES, FRAME)
+    pages(0, first, b"".join(content(page) for page in range(first, first + FRAME))) for first in range(0, PAGES, FRAME)
 ]
 
 
@@ -56,8 +55,7 @@ def test_no_write_is_ever_undone(way: Populate, rng: random.Random) -> None:
             begin, end = threading.Barrier(LANES + THREADS + 1), threading.Event()
             lanes = [Task(receive, line, begin) for line in lines]
             guests = [
-                Task(run_guest, guest, list(range(i, PAGES, THREADS)), rng.random(), begin, end)
-                for i in range(THREADS)
+                Task(run_guest, guest, list(range(i, PAGES, THREADS)), rng.random(), begin, end) for i in range(THREADS)
             ]
             begin.wait()
             urgent = Task(far.send, b"".join(FRAMES))

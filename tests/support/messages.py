@@ -25,9 +25,7 @@ BY_TYPE: dict[type[wire.Message], st.SearchStrategy[wire.Message]] = {
         checksum=st.booleans(),
         regions=st.lists(REGION, min_size=1, max_size=8),
     ),
-    wire.Welcome: st.builds(
-        wire.Welcome, epoch=EPOCHS, token=TOKENS, checksum=st.booleans(), switched=st.booleans()
-    ),
+    wire.Welcome: st.builds(wire.Welcome, epoch=EPOCHS, token=TOKENS, checksum=st.booleans(), switched=st.booleans()),
     wire.LaneHello: st.builds(
         wire.LaneHello, migration=IDS, epoch=EPOCHS, lane=st.integers(0, wire.MAX_LANES), token=TOKENS
     ),

@@ -4,6 +4,7 @@ memory.
 Whatever touches guest memory does so in a system call, which waits for a page without the GIL.
 """
 
+import ctypes
 import mmap
 import os
 import random
@@ -32,6 +33,7 @@ from gmemd_tools.demo.processes import empty_store, open_stage
 PAGE = 4096
 FEATURE_REMOVE = 1 << 3
 LOOK_SECONDS = 0.01
+_libc = ctypes.CDLL(None)
 
 
 def content(page: int, seed: int = 0) -> bytes:
@@ -45,6 +47,11 @@ def filled(pages: int, seed: int = 0) -> int:
     for page in range(pages):
         os.pwrite(fd, content(page, seed), page * PAGE)
     return fd
+
+
+def _remove(address: int, length: int) -> None:
+    """Without the GIL, which mmap.madvise() would keep for as long as nobody reads the event."""
+    assert _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_REMOVE) == 0
 
 
 class Vmm:
@@ -96,7 +103,7 @@ class Vmm:
 
     async def remove(self, page: int, count: int = 1) -> None:
         """The balloon takes pages out; returns when somebody has read of it."""
-        await trio.to_thread.run_sync(self.map.madvise, mmap.MADV_REMOVE, page * PAGE, count * PAGE)
+        await trio.to_thread.run_sync(_remove, self.hva + page * PAGE, count * PAGE)
 
     def wrong(self, seed: int = 0) -> list[int]:
         """Pages that are not as at the source. When nothing is missing."""
