@@ -87,6 +87,11 @@ demo: $(INSTALLED) ## a running KVM guest moves to another daemon, every page ch
 soak: $(INSTALLED) ## small migrations with a fault at a random byte each (ARGS='--runs 200' of each kind)
 	@$(BIN)/python -m gmemd_tools.soak $(ARGS)
 
+.PHONY: browser
+browser: ## Debian's chromium, with which the tests look at a report
+	apt-get -qq update
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null
+
 .PHONY: bench
 bench: $(INSTALLED) ## measurements beside the floor and the peers (ARGS=--quick)
 	@$(BIN)/python tools/bench $(ARGS)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gmemd import __version__, cli, log
-from gmemd.errors import DataError, UsageError
+from gmemd.errors import DataError, UnavailableError, UsageError
 from gmemd.native.memory import Region
 from gmemd.trace import TraceWriter
 from gmemd_tools.network import conditions
-from gmemd_tools.replay import comparison, patterns, result, summary
+from gmemd_tools.replay import comparison, patterns, result, runfile, summary
 from gmemd_tools.replay.comparison import compare as compare_setups
 from gmemd_tools.replay.merge import merge as merge_traces
 from gmemd_tools.replay.recording import load
@@ -22,6 +22,7 @@ from gmemd_tools.replay.run import replay
 from gmemd_tools.replay.setup import Setup
 
 BASE_PAGE = 4096
+MOST_RUNS = 2
 N = TypeVar("N", int, float)
 
 
@@ -68,6 +69,17 @@ def compare(options: argparse.Namespace) -> int:
         raise UsageError("compare: say what is different, with --against-set, -source, -network or -programs")
     found = compare_setups(load(options.traces), before, against, options.rounds, options.output)
     print(json.dumps(found) if options.json else comparison.text(found))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    try:
+        from gmemd_tools.report import page
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is not installed: pip install 'gmemd[report]'") from None
+    if len(options.runs) > MOST_RUNS:
+        raise UsageError("report: one run, or two to be compared")
+    page.write([runfile.read(path) for path in options.runs], options.output, options.png)
     return 0
 
 
@@ -176,6 +188,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=_number(int, 1, 100), default=3, metavar="N", help="of both (3)")
     command.add_argument("-o", "--output", type=Path, metavar="DIR", help="keep the runs there: a1.gmrun, b1.gmrun, …")
     command.add_argument("--json", action="store_true", help="one JSON object")
+    command = add("report", report, "Draw one run, or two beside each other, as one HTML file.")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="that run or compare has kept")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    command.add_argument("--png", type=Path, metavar="DIR", help="each picture as a PNG, too")
     return top
 
 

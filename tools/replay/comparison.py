@@ -13,6 +13,7 @@ from gmemd_tools.replay.setup import Setup
 # What is compared, and how it is got from a result. Of all of them, less is better.
 FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "faults": lambda found: float(found["faults"]),
+    "asked_pages": lambda found: float(found["daemon"]["counters"]["urgent_pages"]),
     "fault_p50_us": lambda found: float(found["fault_latency_us"]["p50"]),
     "fault_p99_us": lambda found: float(found["fault_latency_us"]["p99"]),
     "fault_max_us": lambda found: float(found["fault_latency_us"]["max"]),

@@ -16,6 +16,7 @@ import trio
 from gmemd import status
 from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.stages import SUFFIX
 from gmemd_tools.demo.processes import Process, Stage
 from gmemd_tools.network.conditions import Conditions
 from gmemd_tools.network.link import Link
@@ -105,6 +106,7 @@ class Ends:
             f"--vmm={self.source_socket}",
             "--json",
             *(["--no-background", "--ahead=0"] if self.setup.on_demand else []),
+            *([f"--stages={self.setup.stages / 'source'}{SUFFIX}"] if self.setup.stages else []),
             *self.setup.source_arguments,
         ]
         self.source = await self.stage.start("source", command)
@@ -165,13 +167,15 @@ class Ends:
 
     def _write_config(self) -> Path:
         """The daemon's configuration: the settings asked for, and where it shall listen here."""
-        ours = {
+        ours: dict[str, dict[str, Any]] = {
             "daemon": {
                 "socket": str(self.daemon_socket),
                 "status_socket": str(self.stage.directory / "status.sock"),
             },
             "network": {"listen": self.listen},
         }
+        if self.setup.stages:
+            ours["trace"] = {"directory": str(self.setup.stages), "stages": True}
         path = self.stage.directory / "gmemd.toml"
         with path.open("w") as file:
             for table in {**self.setup.settings, **ours}:

@@ -1,5 +1,6 @@
 """Plays a recording against a daemon and a source, two processes with loopback TCP between them. We are their VMMs."""
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import trio
 from gmemd.errors import UnavailableError
 from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo.processes import empty_store, open_stage
-from gmemd_tools.replay import runfile, vmm
+from gmemd_tools.replay import runfile, staged, vmm
 from gmemd_tools.replay.ends import MIGRATION, Ends, limit, until_ended
 from gmemd_tools.replay.guest import Guest, Played
 from gmemd_tools.replay.recording import Recording
@@ -118,12 +119,17 @@ def _in_a_new_thread(call: Callable[[], int]) -> int:
 
 def replay(recording: Recording, setup: Setup, keep: Path | None = None) -> dict[str, Any]:
     """Plays a recording. Returns the result as `gmemd-replay run --json` prints it; the whole run goes to `keep`."""
-    played = Replay(recording, setup, watched=keep is not None)
-    with tempfile.TemporaryDirectory(prefix="gmemd-replay-") as directory:
+    with tempfile.TemporaryDirectory(prefix="gmemd-replay-") as name:
+        directory = Path(name)
+        if keep and not setup.programs:  # whose stages may be others
+            setup = dataclasses.replace(setup, stages=directory)
+        played = Replay(recording, setup, watched=keep is not None)
         try:
-            found = trio.run(played.run, Path(directory))
+            found = trio.run(played.run, directory)
         finally:
-            empty_store(Path(directory))
+            empty_store(directory)
+        if setup.stages:
+            found["stages"] = staged.told(setup.stages, recording, played.played)
     if keep:
         runfile.write(keep, found, recording, played.played, played.looks)
     return found

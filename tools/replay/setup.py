@@ -24,6 +24,7 @@ class Setup:
     source_arguments: Sequence[str] = ()
     programs: Path | None = None
     network: Conditions | None = None
+    stages: Path | None = None  # a folder for the stamps of both ends
 
     @property
     def pace(self) -> float:

@@ -1,0 +1,1 @@
+"""`gmemd-replay report`: one or two runs as a page of pictures."""
