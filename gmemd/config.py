@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -23,6 +23,7 @@ MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes, the last of them NUL
 HEARTBEATS_BEFORE_DEAD = 2  # one that comes late must not cut a healthy lane
 
 T = TypeVar("T")
+Rules = dict[str, tuple[str, ...]]  # a pattern of migrations' names, and who may
 
 
 class Address(NamedTuple):
@@ -169,9 +170,23 @@ def mode(value: object) -> int:
     return int(text(value), 8)
 
 
+def names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name.isprintable() and name for name in value):
+        raise ValueError('must be a list of names, such as ["vmm-a", "vmm-b"]')
+    return tuple(value)
+
+
+def pattern(key: str) -> str:
+    """What stands for some migrations' names. Raises ValueError."""
+    if re.fullmatch(r"[\w.*?-]{1,64}", key, re.ASCII) is None:
+        raise ValueError("must be the name of a migration, with * for any letters and ? for any one")
+    return key
+
+
 SOCKET_PATH = Kind(socket_path)
 DIRECTORY = Kind(directory, lambda path: quote(path or ""))
 MODE = Kind(mode, lambda bits: quote(f"{bits:04o}"))
+NAMES = Kind(names, lambda who: f"[{', '.join(map(quote, who))}]")
 FLAG = Kind(boolean, lambda value: str(value).lower())
 TEXT = Kind(text)
 NEAR = Kind(near, lambda where: quote(where or ""))
@@ -198,6 +213,7 @@ class Network:
     heartbeat: Annotated[float, seconds(0.01, 10)] = 0.3
     dead_after: Annotated[float, seconds(0.02, 60)] = 1.0
     max_connections: Annotated[int, whole(1, 65536)] = 256
+    max_connections_of_peer: Annotated[int, whole(1, 65536)] = 192
     handshake_timeout: Annotated[float, seconds(0.1, 300)] = 10.0
 
     def __post_init__(self) -> None:
@@ -223,6 +239,7 @@ class Limits:
     """What the daemon takes on at most. `memory` and `state` in bytes, of one guest."""
 
     migrations: Annotated[int, whole(1, 4096)] = 64
+    migrations_of_user: Annotated[int, whole(1, 4096)] = 64
     regions: Annotated[int, whole(1, 1024)] = 64  # more do not fit into a hand-off message of 128 KiB
     memory: Annotated[int, size("4K", "4096T")] = 16 << 40  # x86-64 addresses end at 52 bits
     state: Annotated[int, size("0", "1G")] = 16 << 20
@@ -247,9 +264,12 @@ class Config:
     paging: Paging = Paging()
     limits: Limits = Limits()
     trace: Trace = Trace()
+    vmms: Rules = field(default_factory=dict)
 
 
-TABLES: dict[str, type] = get_type_hints(Config)
+# Tables whose keys are patterns of migrations' names.
+RULES = ("vmms",)
+TABLES: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items() if name not in RULES}
 KINDS: dict[str, dict[str, Kind[Any]]] = {
     table: {key: hint.__metadata__[0] for key, hint in get_type_hints(cls, include_extras=True).items()}
     for table, cls in TABLES.items()
@@ -273,12 +293,12 @@ def parse(document: str) -> Config:
     """The configuration in a TOML document. Raises ValueError that names table, key, value and rule."""
     tables: dict[str, Any] = {}
     for name, values in tomllib.loads(document).items():
-        if name not in TABLES:
-            raise ValueError(f"{name}: no such table; {nearest(name, [*TABLES, *HOMES])}")
+        if name not in TABLES and name not in RULES:
+            raise ValueError(f"{name}: no such table; {nearest(name, [*TABLES, *RULES, *HOMES])}")
         if not isinstance(values, dict):
             raise ValueError(f"{name}: must be a table, [{name}]")
         try:
-            tables[name] = TABLES[name](**dict(read_keys(name, values)))
+            tables[name] = dict(read_rules(values)) if name in RULES else TABLES[name](**dict(read_keys(name, values)))
         except ValueError as error:
             raise ValueError(f"[{name}] {error}") from None
     return Config(**tables)
@@ -295,6 +315,14 @@ def read_keys(table: str, values: dict[str, object]) -> Iterator[tuple[str, obje
             raise ValueError(f"{key} = {shown}: {error}") from None
 
 
+def read_rules(values: dict[str, object]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for key, value in values.items():
+        try:
+            yield pattern(key), NAMES.read(value)
+        except ValueError as error:
+            raise ValueError(f"{key} = {json.dumps(value, default=str, ensure_ascii=False)}: {error}") from None
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Helps whoever mistyped a name, or put it into the wrong table."""
     (close,) = get_close_matches(name, known, n=1, cutoff=0.0)
@@ -303,9 +331,16 @@ def nearest(name: str, known: list[str]) -> str:
 
 def dump(config: Config) -> str:
     """The configuration as TOML, every key of it. `parse` reads it back as the same."""
-    return "\n".join(f"[{table}]\n" + "".join(dump_keys(table, getattr(config, table))) for table in TABLES)
+    keys = {table: "".join(dump_keys(table, getattr(config, table))) for table in TABLES}
+    rules = {table: "".join(dump_rules(getattr(config, table))) for table in RULES}
+    return "\n".join(f"[{table}]\n{lines}" for table, lines in (keys | rules).items())
 
 
 def dump_keys(table: str, values: object) -> Iterator[str]:
     for key, kind in KINDS[table].items():
         yield f"{key} = {kind.write(getattr(values, key))}\n"
+
+
+def dump_rules(rules: Rules) -> Iterator[str]:
+    for key, who in rules.items():
+        yield f"{quote(key)} = {NAMES.write(who)}\n"

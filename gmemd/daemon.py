@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from gmemd import holder, notify, status
+from gmemd.callers import VmmRules
 from gmemd.config import Address, Config
 from gmemd.errors import ConfigError, DataError, UnavailableError
 from gmemd.handoff import Descriptors
@@ -20,16 +21,19 @@ from gmemd.listen import take_descriptors
 from gmemd.metrics import collect
 from gmemd.migrate.link import LinkSettings
 from gmemd.native.destination import Pager
+from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.sources import SourceConnections
-from gmemd.vmms import Shared, VmmConnection
+from gmemd.vmms import HANDING_OFF, OF_ONE_USER, Shared, VmmConnection
 from gmemd.watchdog import watch
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 64
 STATUS_SECONDS = 1.0
+# Callers on the status socket at a time: in all, and of one user.
+ASKERS, ASKERS_OF_USER = 64, 16
 PAGER_THREAD = "gmemd-pager"  # as top -H shows it: at most 15 characters
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -49,7 +53,7 @@ class Daemon:
             poll_us=paging.poll_us,
         )
         self.config = config
-        self.registry = Registry(config.limits.migrations)
+        self.registry = Registry(config.limits.migrations, config.limits.migrations_of_user)
         self.pager = Pager(paging.poll_us)
         self.notifier = notify.from_environment()
         self._watchdog = notify.watchdog_interval()
@@ -68,8 +72,13 @@ class Daemon:
             Chooser(paging.populate),
             store,
             trio.CapacityLimiter(paging.lane_threads or os.cpu_count() or 1),
+            VmmRules(config.vmms),
+            Places(HANDING_OFF, OF_ONE_USER),
         )
-        self.sources = SourceConnections(self.registry, settings, network.max_connections)
+        self.sources = SourceConnections(
+            self.registry, settings, network.max_connections, network.max_connections_of_peer
+        )
+        self._askers = Places(ASKERS, ASKERS_OF_USER)
         self._connections: trio.Nursery
 
     async def run(self) -> None:
@@ -208,7 +217,7 @@ class Daemon:
         await self.sources.serve(trio.SocketStream(connection))
 
     async def _serve_status(self, connection: trio.socket.SocketType) -> None:
-        await status.serve(trio.SocketStream(connection), self.registry)
+        await status.serve(trio.SocketStream(connection), self.registry, self._askers)
 
 
 def _tcp(address: Address) -> socket.socket:

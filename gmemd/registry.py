@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import trio
 
+from gmemd.callers import ROOT
 from gmemd.errors import DataError, HandoffError
 from gmemd.migrate.destination import IncomingMigration, Phase
 
@@ -27,6 +28,7 @@ class Finished:
     token: bytes  # of its latest session, empty if this daemon saw none
     pages: int
     told: dict[str, Any]
+    owner: int = ROOT  # the VMM's user
     at: float = field(default_factory=time.monotonic)
 
     def record(self) -> bytes:
@@ -55,12 +57,13 @@ class Finished:
 class Registry:
     """Knows every migration from its hand-off until its VMM has let go of it."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, limit_of_user: int) -> None:
         self.limit = limit
+        self.limit_of_user = limit_of_user
         self.listen = ""  # where sources come to
         self.ended: Counter[str] = Counter()  # by phase, those before us that are remembered included
         self.finished: deque[Finished] = deque(maxlen=FINISHED)
-        self._names: set[str] = set()
+        self._owners: dict[str, int] = {}
         self._migrations: dict[str, IncomingMigration] = {}
         self._arrivals = trio.Condition()
 
@@ -82,17 +85,19 @@ class Registry:
         return self._migrations.get(name)
 
     @contextmanager
-    def reserved(self, name: str) -> Iterator[None]:
+    def reserved(self, name: str, owner: int) -> Iterator[None]:
         """Takes a name and a place before the work of setting up begins."""
-        if name in self._names:
+        if name in self._owners:
             raise HandoffError(f"migration {name}: another VMM receives it already: sent by the VMM")
-        if len(self._names) >= self.limit:
+        if len(self._owners) >= self.limit:
             raise HandoffError(f"migration {name}: this daemon has {self.limit} migrations already, its limit")
-        self._names.add(name)
+        if list(self._owners.values()).count(owner) >= self.limit_of_user:
+            raise HandoffError(f"migration {name}: user {owner} has {self.limit_of_user} migrations already, its limit")
+        self._owners[name] = owner
         try:
             yield
         finally:
-            self._names.remove(name)
+            del self._owners[name]
             self._migrations.pop(name, None)
 
     async def add(self, migration: IncomingMigration) -> None:

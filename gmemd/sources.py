@@ -1,43 +1,54 @@
 """The daemon's side of a connection from a source, until the migration that it belongs to takes it over."""
 
 import logging
+import socket
 
 import trio
 
 from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError
 from gmemd.migrate import wire
+from gmemd.migrate.destination import IncomingMigration
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
 from gmemd.migrate.state import Role
+from gmemd.places import Places
 from gmemd.registry import Finished, Registry
 
 log = logging.getLogger(__name__)
 
 # A new source for a migration that ended this recently was started for that one.
 FRESH_SECONDS = 60.0
+# Sources may come before the VMM, but those for which none has come hold no more than this part of all places.
+WAITING = 2
+TCP_USER_TIMEOUT = 18  # of linux/tcp.h: bytes that nobody takes for so many ms end the connection
 
 
 class SourceConnections:
-    """Accepts sources. At most `limit` connections at a time are in hand-shake or are control lanes."""
+    """Accepts sources. At most `limit` connections at a time are in hand-shake or are control lanes, and at most
+    `limit_of_peer` of one host."""
 
-    def __init__(self, registry: Registry, settings: LinkSettings, limit: int) -> None:
+    def __init__(self, registry: Registry, settings: LinkSettings, limit: int, limit_of_peer: int) -> None:
         self.registry = registry
         self.settings = settings
-        self._places = trio.CapacityLimiter(limit)
+        self._places = Places(limit, limit_of_peer)
+        self._waiting = Places(max(1, limit // WAITING), limit_of_peer)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """One connection."""
         try:
-            address = "{}:{}".format(*stream.socket.getpeername())
+            host, port, *_ = stream.socket.getpeername()
+            stream.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, round(self.settings.handshake_timeout * 1000))
         except OSError:
             await trio.aclose_forcefully(stream)  # it has gone already
             return
-        try:
-            self._places.acquire_on_behalf_of_nowait(stream)
-        except trio.WouldBlock:
-            log.warning("%s: too many connections", address, extra={"once": "places", "every": 10.0})
-            await trio.aclose_forcefully(stream)
-            return
-        messages = MessageStream(stream, Role.SOURCE, address)
+        with self._places.taken(host) as place:
+            if place:
+                await self._serve(MessageStream(stream, Role.SOURCE, f"{host}:{port}"))
+            else:
+                log.warning("%s: too many connections", host, extra={"once": ("places", host), "every": 10.0})
+                await trio.aclose_forcefully(stream)
+
+    async def _serve(self, messages: MessageStream) -> None:
+        address = messages.address
         taken = False
         try:
             taken = await self._shake_hands(messages)
@@ -52,9 +63,8 @@ class SourceConnections:
         except GmemdError as error:  # of this host; by the time that the source comes again it may be mended
             log.error("%s: %s", address, error, extra={"once": str(error), "every": 60.0})
         finally:
-            self._places.release_on_behalf_of(stream)
             if not taken:
-                await trio.aclose_forcefully(stream)
+                await trio.aclose_forcefully(messages.stream)
 
     async def _shake_hands(self, messages: MessageStream) -> bool:
         """Returns whether somebody else owns the connection now."""
@@ -82,12 +92,19 @@ class SourceConnections:
         ended = self.registry.find_finished(hello.migration)
         if migration is None and ended and await self._say_ended(messages, hello, ended):
             return
-        while migration is None:
-            with trio.move_on_after(self.settings.heartbeat):
-                migration = await self.registry.arrival(hello.migration)
-                break
-            await control.send(wire.Waiting())
-        await migration.serve_source(control, hello)
+        await (migration or await self._arrival(control, hello)).serve_source(control, hello)
+
+    async def _arrival(self, control: ControlLane, hello: wire.Hello) -> IncomingMigration:
+        """Waits for the VMM."""
+        address = control.messages.address
+        with self._waiting.taken(address.rpartition(":")[0]) as place:
+            if not place:
+                log.warning("%s: too many wait for their VMMs", address, extra={"once": "waiting", "every": 10.0})
+                raise LinkError(f"{address}: too many wait for their VMMs")
+            while True:
+                with trio.move_on_after(self.settings.heartbeat):
+                    return await self.registry.arrival(hello.migration)
+                await control.send(wire.Waiting())
 
     async def _say_ended(self, messages: MessageStream, hello: wire.Hello, ended: Finished) -> bool:
         """A source that was cut off at the very end hears how it ended. One that is new may mean another migration of

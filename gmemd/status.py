@@ -14,9 +14,11 @@ from typing import Any
 import trio
 
 from gmemd import __version__
+from gmemd.callers import Caller
 from gmemd.errors import DataError, UnavailableError
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.native.destination import Blocked, Wait
+from gmemd.places import Places
 from gmemd.rates import Speed
 from gmemd.registry import Registry
 
@@ -129,16 +131,23 @@ def _threads(migration: IncomingMigration, waits: list[Wait], now_ns: int) -> li
     return sorted(told, key=lambda thread: thread["blocked_us"], reverse=True)
 
 
-async def serve(stream: trio.SocketStream, registry: Registry) -> None:
-    """Answers one request."""
+async def serve(stream: trio.SocketStream, registry: Registry, places: Places) -> None:
+    """Answers one request; hangs up where a user has too many open."""
+    caller = Caller.of(stream.socket)
     async with stream:
-        with trio.move_on_after(TIMEOUT):
-            try:
-                request = await _line(stream)
-                answer = json.dumps(answer_untrusted(request, registry)) + "\n"
-                await stream.send_all(answer.encode())
-            except trio.BrokenResourceError:
-                return
+        with places.taken(caller.uid) as place:
+            if place:
+                await _serve(stream, registry, caller)
+
+
+async def _serve(stream: trio.SocketStream, registry: Registry, caller: Caller) -> None:
+    with trio.move_on_after(TIMEOUT):
+        try:
+            request = await _line(stream)
+            answer = json.dumps(answer_untrusted(request, registry, caller)) + "\n"
+            await stream.send_all(answer.encode())
+        except trio.BrokenResourceError:
+            return
 
 
 async def _line(stream: trio.SocketStream) -> bytes:
@@ -151,7 +160,8 @@ async def _line(stream: trio.SocketStream) -> bytes:
     return line
 
 
-def answer_untrusted(request: bytes, registry: Registry) -> dict[str, Any]:
+def answer_untrusted(request: bytes, registry: Registry, caller: Caller) -> dict[str, Any]:
+    """What this caller may see, and what came of what it may do."""
     try:
         asked = json.loads(request)
         command = asked["command"]
@@ -162,17 +172,17 @@ def answer_untrusted(request: bytes, registry: Registry) -> dict[str, Any]:
             "version": __version__,
             "pid": os.getpid(),
             "listen": registry.listen,
-            "migrations": [snapshot(migration) for migration in registry],
-            "finished": [ended.told for ended in registry.finished],
+            "migrations": [snapshot(migration) for migration in registry if caller.owns(migration.owner)],
+            "finished": [ended.told for ended in registry.finished if caller.owns(ended.owner)],
         }
     if command == "abandon":
-        return _abandon(asked.get("migration"), registry)
+        return _abandon(asked.get("migration"), registry, caller)
     return {"error": f"no such command: {shown(command)}"}
 
 
-def _abandon(name: object, registry: Registry) -> dict[str, Any]:
+def _abandon(name: object, registry: Registry, caller: Caller) -> dict[str, Any]:
     migration = registry.get(name) if isinstance(name, str) else None
-    if migration is None:
+    if migration is None or not caller.owns(migration.owner):
         return {"error": f"no migration {shown(name)} here"}
     migration.report.link = "given up by an operator"
     migration.end(Phase.ABANDONED)

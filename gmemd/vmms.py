@@ -4,15 +4,15 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from gmemd import guestmemory, handoff
+from gmemd.callers import Caller, VmmRules
 from gmemd.config import Config
-from gmemd.errors import GmemdError, HandoffError, KernelError, UnavailableError
+from gmemd.errors import GmemdError, HandoffError, KernelError, PermissionRefusedError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
 from gmemd.keeping import BLOB, ENDED, Keeper, Kept
 from gmemd.migrate.destination import IncomingMigration, Phase
@@ -22,6 +22,7 @@ from gmemd.native import lib
 from gmemd.native.destination import Pager
 from gmemd.native.memory import Memory, Note
 from gmemd.notify import Notifier
+from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.status import snapshot
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 
 VMM_KNOWS = 2  # of Note.SWITCHED
 SO_PEERPIDFD = 77  # since Linux 6.5; the socket module does not name it yet
-UCRED = struct.Struct("3i")
+# VMMs in the middle of a hand-off, each with up to 64 descriptors: in all, and of one user.
+HANDING_OFF, OF_ONE_USER = 64, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Shared:
     chooser: Chooser
     store: Notifier
     lane_threads: trio.CapacityLimiter
+    rules: VmmRules
+    places: Places
 
 
 class VmmConnection:
@@ -53,16 +57,21 @@ class VmmConnection:
     def __init__(self, shared: Shared, sock: trio.socket.SocketType) -> None:
         self.shared = shared
         self.sock = sock
+        self.caller = Caller.of(sock)
 
     async def serve(self) -> None:
         """Takes the hand-off and stays until the migration is over. Whatever is wrong, the VMM is told."""
         descriptors = Descriptors()
         try:
-            with trio.fail_after(self.shared.config.network.handshake_timeout):
-                data, descriptors = await handoff.receive(self.sock)
+            with self.shared.places.taken(self.caller.uid) as place:
+                if not place:
+                    raise UnavailableError(f"{self.caller}: too many VMMs in the middle of a hand-off")
+                with trio.fail_after(self.shared.config.network.handshake_timeout):
+                    data, descriptors = await handoff.receive(self.sock)
             if data:
                 asked = handoff.receive_untrusted(handoff.parse_untrusted(data), len(descriptors.fds))
-                with self.shared.registry.reserved(asked.migration):
+                self._may_receive(asked.migration)
+                with self.shared.registry.reserved(asked.migration, self.caller.uid):
                     await self._receive(asked, descriptors.fds)
         except GmemdError as error:
             log.warning("VMM refused: %s", error)
@@ -74,12 +83,16 @@ class VmmConnection:
         finally:
             descriptors.close()
 
+    def _may_receive(self, migration: str) -> None:
+        if not self.shared.rules.allow(self.caller, migration):
+            raise PermissionRefusedError(f"migration {migration}: no rule in [vmms] lets {self.caller} receive it")
+
     async def resume(self, kept: Kept) -> None:
         """Goes on with a migration of a daemon that has ended. What does not make sense is left as it is: the guest
         waits."""
         keeper = Keeper(self.shared.store, kept.migration)
         keeper.adopt(kept)
-        with self.shared.registry.reserved(kept.migration):
+        with self.shared.registry.reserved(kept.migration, self.caller.uid):
             try:
                 memory = Memory.adopt(kept.state, kept.fds)
             except GmemdError as error:
@@ -142,6 +155,7 @@ class VmmConnection:
             migration.token,
             migration.memory.pages,
             snapshot(migration),
+            migration.owner,
         )
         if oldest := self.shared.registry.remember(ended):
             Keeper(self.shared.store, oldest.name).forget(ENDED)
@@ -182,6 +196,7 @@ class VmmConnection:
             self.shared.pager,
             self.shared.settings,
             self.shared.lane_threads,
+            owner=self.caller.uid,
             state_limit=config.limits.state,
             keep_state=keep_state,
             trace=config.trace.directory is not None,
@@ -272,5 +287,4 @@ def _pidfd(sock: trio.socket.SocketType) -> int:
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError:
-        pid, _, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-        return os.pidfd_open(pid)
+        return os.pidfd_open(Caller.of(sock).pid)

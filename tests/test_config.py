@@ -74,6 +74,9 @@ MISTAKES = {
     '[trace]\ndirectory = "here"': '[trace] directory = "here": must be an absolute path, or "" for none',
     "[trace]\ndirectory = 1979-05-27": '[trace] directory = "1979-05-27": must be a string',
     "[network": "(at end of document)",
+    "vmms = 1": "vmms: must be a table, [vmms]",
+    '[vmms]\n"web-*" = "vmm"': '[vmms] web-* = "vmm": must be a list of names, such as',
+    '[vmms]\n"a/b" = ["vmm"]': '[vmms] a/b = ["vmm"]: must be the name of a migration, with *',
 }
 
 
@@ -136,6 +139,7 @@ def test_dump_is_read_back(text: str, size: int, seconds: float, mode: int, addr
         network=replace(default.network, listen=address, heartbeat=0.01, dead_after=seconds),
         limits=replace(default.limits, state=size),
         trace=replace(default.trace, directory=Path("/" + text)),
+        vmms={"web-*": ("vmm", text or "x"), "a": ()},
     )
     assert parse(dump(config)) == config
 

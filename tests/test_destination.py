@@ -29,8 +29,8 @@ class Host:
     def __init__(self, vmm: Vmm) -> None:
         self.vmm = vmm
         self.pager = Pager(0)
-        self.registry = Registry(4)
-        self.sources = SourceConnections(self.registry, SETTINGS, 16)
+        self.registry = Registry(4, 4)
+        self.sources = SourceConnections(self.registry, SETTINGS, 16, 16)
         self.port = 0
         region = Region(offset=0, size=COUNT * PAGE, page_size=PAGE, gpa=0, hva=vmm.addresses[0])
         memory = Memory("m", [region], vmm.files, [vmm.uffd])
@@ -41,6 +41,7 @@ class Host:
             self.pager,
             SETTINGS,
             trio.CapacityLimiter(2),
+            owner=0,
             state_limit=1000,
             keep_state=lambda _: None,
         )

@@ -27,6 +27,7 @@ from support.vmm import PAGE, Vmm
 
 from gmemd import showstatus, status
 from gmemd.errors import DataError
+from gmemd.places import Places
 from gmemd.rates import WINDOW, Rates, Sample, Speed
 from gmemd.registry import Finished, Registry
 
@@ -156,13 +157,13 @@ def test_speed_is_that_of_the_last_seconds() -> None:
 
 async def test_a_reader_that_stalls_is_dropped(autojump_clock: trio.testing.MockClock) -> None:
     """What it does not read is more than fits into the socket."""
-    registry = Registry(1)
+    registry = Registry(1, 1)
     registry.remember(Finished("m", "complete", 1, b"", 1, {"long": "x" * (1 << 20)}))
     ours, theirs = socket.socketpair()
     with theirs:
         ours.setblocking(False)
         theirs.sendall(b'{"command": "status"}\n')
-        await status.serve(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), registry)
+        await status.serve(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), registry, Places(1, 1))
         assert autojump_clock.current_time() == pytest.approx(status.TIMEOUT, abs=0.1)
         with pytest.raises(BrokenPipeError):
             theirs.send(b"x")

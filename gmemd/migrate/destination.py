@@ -53,6 +53,7 @@ class IncomingMigration:
         settings: LinkSettings,
         lane_threads: trio.CapacityLimiter,
         *,
+        owner: int,
         state_limit: int,
         keep_state: Callable[[bytes], None],
         trace: bool = False,
@@ -62,6 +63,7 @@ class IncomingMigration:
         self.pager = pager
         self.settings = settings
         self.lane_threads = lane_threads
+        self.owner = owner  # the VMM's user
         self.state_limit = state_limit
         self.keep_state = keep_state  # for a successor, in case the VMM does not get it from us
         self.destination = Destination(memory, trace=trace)

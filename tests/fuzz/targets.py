@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gmemd import handoff, status, trace
+from gmemd.callers import Caller
 from gmemd.errors import DataError, GmemdError, HandoffError, LinkError, ProtocolError
 from gmemd.migrate import runs, wire
 from gmemd.migrate.state import Conversation, Phase, Role
@@ -129,7 +130,7 @@ def discard(data: bytes) -> None:
 
 def status_request(data: bytes) -> None:
     """A line on the status socket."""
-    json.dumps(status.answer_untrusted(data, Registry(1)))
+    json.dumps(status.answer_untrusted(data, Registry(1, 1), Caller(1, 1)))
 
 
 def trace_file(data: bytes) -> None:
