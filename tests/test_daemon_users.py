@@ -67,6 +67,7 @@ def test_a_rule_says_which_users_vmm_may_receive_what(daemon: DaemonProcess) -> 
         alices.hand_off(daemon.socket, "b-1")
         assert alices.receive() == {"error": f"migration b-1: no rule in [vmms] lets user {ALICE} receive it"}
         assert alices.receive() == {}
+        assert f"VMM refused: migration b-1: no rule in [vmms] lets user {ALICE}" in daemon.log.read_text()
         bobs.hand_off(daemon.socket, "c")
         assert bobs.receive() == {"error": f"migration c: no rule in [vmms] lets user {BOB} receive it"}
         roots.hand_off(daemon.socket, "c")

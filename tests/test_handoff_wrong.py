@@ -117,7 +117,6 @@ def test_wrong_hand_offs(daemon: DaemonProcess, message: Message | Callable[[Vmm
         told = told_error(vmm)
     assert told.startswith(error)
     assert told.endswith(": sent by the VMM")
-    assert "VMM refused: " + told in daemon.log.read_text()
 
 
 def test_addresses_where_nothing_is_mapped(daemon: DaemonProcess) -> None:
