@@ -100,6 +100,10 @@ bench: $(INSTALLED) ## measurements beside the floor and the peers (ARGS=--quick
 dist: $(INSTALLED) ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
+.PHONY: test-replay
+test-replay: $(INSTALLED) ## a recorded run replayed ten times: the same faults of each thread, every page right
+	GMEMD_REPLAYS=10 $(BIN)/pytest -k replay_of_a_recording tests/test_replay.py $(ARGS)
+
 .PHONY: test-timing
 test-timing: $(INSTALLED) ## what compares rates, and so needs a host with nothing else to do
 	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py $(ARGS)

@@ -1,15 +1,18 @@
 """The replay harness: its traces, its threads, and whole replays against real processes."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from support.pace import SLOWER
 
 from gmemd.errors import DataError, UnavailableError
@@ -23,6 +26,7 @@ from gmemd_tools.replay.guest import Guest
 from gmemd_tools.replay.recording import Recording, load
 from gmemd_tools.replay.run import replay
 from gmemd_tools.replay.setup import Setup
+from gmemd_tools.replay.vmm import Receiver
 
 PAGES = 16384  # 64 MiB
 MILLISECOND = 10**6
@@ -281,12 +285,13 @@ def test_run(made: Callable[..., Path], command: Command) -> None:
 
 
 def test_replay_of_a_recording_of_a_replay(tmp_path: Path, made: Callable[..., Path]) -> None:
-    """Where nothing comes unasked, every thread faults on the same pages in the same order each time."""
+    """Where nothing comes unasked, every thread faults on the same pages in the same order each time. make test-replay
+    does it ten times."""
     first = load([made("sequential", pages=2048, threads=2, faults=1500)])
     settings = {"trace": {"directory": str(tmp_path / "traces")}}
     expected = faulted_pages(first)
     recording = first
-    for _ in range(2):
+    for _ in range(int(os.environ.get("GMEMD_REPLAYS", "2"))):
         told = replay(recording, Setup(speed=None, on_demand=True, settings=settings))
         recording = load(list(segments(tmp_path / "traces/replay.gmtrace").values())[-1:])
         assert recording.header.regions == first.header.regions
@@ -400,3 +405,34 @@ def test_compare(made: Callable[..., Path], command: Command, tmp_path: Path) ->
         assert sorted((touch.thread, touch.page) for touch in run.touches) == sorted(
             (thread, page) for _, page, thread, _, _ in load([trace])
         )
+
+
+# A VMM that hands its memory to the recorder.
+
+
+async def test_record(tmp_path: Path) -> None:
+    """Every first touch, in its order; and in the end the VMM has all its memory."""
+    pages = [9, 4, 1000, 5, 4, 9, 77]
+    daemon = tmp_path / "gmemd.sock"
+    with Guest([region(PAGES)], seed=3) as guest:
+        guest.fill()
+        memory = f"/proc/{os.getpid()}/fd/{guest.sent[0]}"
+        words = ("record", "--socket", daemon, "--file", memory, "--migration", "m", "-o", tmp_path, "--seconds", "0.3")
+        command = [sys.executable, "-m", "gmemd_tools.replay.cli", *map(str, words), "--json"]
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(partial(trio.run_process, command, capture_stdout=True, capture_stderr=True))
+            with Receiver(guest, daemon, "m") as receiver:
+                while not daemon.exists():
+                    await trio.sleep(0.01)
+                await receiver.hand_over()
+                nursery.start_soon(receiver.listen)
+                await receiver.ready.wait()
+                guest.ready()
+                records = b"".join(RECORD.pack(0, page, 7, 0, 0) for page in pages)
+                played = await trio.to_thread.run_sync(guest.play, 7, bytearray(records), 0, 0.0)
+                await receiver.done.wait()
+            await process.wait()
+        assert [bool(waited) for *_, waited in played.touches] == [True, True, True, True, False, False, True]
+        assert guest.verify() == PAGES
+    recording = load(list(segments(tmp_path / "m.gmtrace").values()))
+    assert faulted_pages(recording)[played.tid] == [(0, page) for page in (9, 4, 1000, 5, 77)]

@@ -76,8 +76,10 @@ class Stage:
         self.directory = directory
         self.processes: list[Process] = []
 
-    async def start(self, name: str, command: Sequence[str], environ: dict[str, str] | None = None) -> Process:
-        """Starts a process; its stderr goes to a file."""
+    async def start(
+        self, name: str, command: Sequence[str], environ: dict[str, str] | None = None, *, apart: bool = False
+    ) -> Process:
+        """Starts a process; its stderr goes to a file. One that is `apart` does not hear a terminal's Ctrl-C."""
         log = self.directory / f"{name}.log"
         with log.open("ab") as stderr:
             process = await trio.lowlevel.open_process(
@@ -86,6 +88,7 @@ class Stage:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=os.environ | (environ or {}),
+                start_new_session=apart,
             )
         started = Process(name, process, log)
         self.processes.append(started)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gmemd.trace import TraceWriter
 from gmemd_tools.network import conditions
 from gmemd_tools.replay import comparison, patterns, result, runfile, summary
 from gmemd_tools.replay.comparison import compare as compare_setups
+from gmemd_tools.replay.handler import Handler
 from gmemd_tools.replay.merge import merge as merge_traces
 from gmemd_tools.replay.recording import load
 from gmemd_tools.replay.run import replay
@@ -47,6 +49,22 @@ def synth(options: argparse.Namespace) -> int:
             writer.add(patterns.synthesise(options.pattern, plan))
     except OSError as error:
         raise DataError(f"{options.output}: {error.strerror}") from None
+    return 0
+
+
+def record(options: argparse.Namespace) -> int:
+    log.set_up(logging.INFO)
+    content = f"--file={options.file.absolute()}" if options.file else f"--vmm={options.vmm.absolute()}"
+    handler = Handler(
+        socket=options.socket.absolute(),
+        content=content,
+        migration=options.migration,
+        traces=options.output.absolute(),
+        seconds=options.seconds,
+        source_arguments=options.source,
+    )
+    found = summary.summarise(handler.record())
+    print(json.dumps(found) if options.json else summary.text(found))
     return 0
 
 
@@ -170,6 +188,22 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--writes", type=_number(float, 0, 1), default=0.3, help="the share of writes (0.3)")
     command.add_argument("--seed", type=_number(int, 0, 1 << 63), default=1)
+
+    command = add("record", record, "Serve a VMM's faults from a file or another VMM, and record them.")
+    command.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where the VMM hands over")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--file", type=Path, metavar="PATH", help="the file that holds the guest's memory")
+    what.add_argument("--vmm", type=Path, metavar="SOCKET", help="or the hand-off socket of a VMM that has it")
+    command.add_argument("--migration", default="recording", metavar="ID", help="as the VMM calls it (recording)")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="ID.0.gmtrace, … come there")
+    command.add_argument(
+        "--seconds",
+        type=_number(float, 0.1, 1e6),
+        metavar="N",
+        help="so long after the guest began to run, send it the rest and end (default: on Ctrl-C)",
+    )
+    command.add_argument("--source", action="append", default=[], metavar="ARGUMENT", help="for gmemd-source")
+    command.add_argument("--json", action="store_true", help="what show tells of the trace, as one JSON object")
 
     command = add("merge", merge, "Make one trace of several of one image, for gmemd-source --order.")
     command.add_argument("traces", **traces, help="of guests with the same regions")

@@ -33,10 +33,18 @@ LATE = re.compile(r"ended here [0-9]+ s ago: complete$")
 
 @dataclass
 class Ends:
-    """Both ends. `listen` is where the daemon does, `to` where the source finds it, which may be a link's port."""
+    """Both ends. `listen` is where the daemon does, `to` where the source finds it, which may be a link's port.
+
+    `handoff` is where a VMM finds the daemon, `content` what the source is told of where it gets memory from; both are
+    in the stage's folder unless said otherwise. With `apart`, what a terminal sends does not reach the processes.
+    """
 
     stage: Stage
     setup: Setup
+    migration: str = MIGRATION
+    handoff: Path | None = None
+    content: str = ""
+    apart: bool = False
     listen: str = "127.0.0.1:0"
     to: str = ""
     daemon: Process = field(init=False)
@@ -48,7 +56,7 @@ class Ends:
 
     @property
     def daemon_socket(self) -> Path:
-        return self.stage.directory / "gmemd.sock"
+        return self.handoff or self.stage.directory / "gmemd.sock"
 
     @property
     def source_socket(self) -> Path:
@@ -86,7 +94,9 @@ class Ends:
                 f"--config={self._write_config()}",
                 *self._store(),
             ]
-            self.daemon = await self.stage.start("daemon", command, environ={"NOTIFY_SOCKET": str(path)})
+            self.daemon = await self.stage.start(
+                "daemon", command, environ={"NOTIFY_SOCKET": str(path)}, apart=self.apart
+            )
             async with open_tasks() as tasks:
                 tasks.start(until_ended, self.daemon)
                 with limit("the daemon does not start"):
@@ -102,14 +112,14 @@ class Ends:
             *self._prefix,
             *self._program("gmemd-source", "gmemd.source_cli"),
             self.to,
-            f"--migration={MIGRATION}",
-            f"--vmm={self.source_socket}",
+            f"--migration={self.migration}",
+            self.content or f"--vmm={self.source_socket}",
             "--json",
             *(["--no-background", "--ahead=0"] if self.setup.on_demand else []),
             *([f"--stages={self.setup.stages / 'source'}{SUFFIX}"] if self.setup.stages else []),
             *self.setup.source_arguments,
         ]
-        self.source = await self.stage.start("source", command)
+        self.source = await self.stage.start("source", command, apart=self.apart)
         self._tasks.start(self._until_ended_by_itself, self.source)
 
     async def kill_daemon(self) -> None:
