@@ -5,17 +5,29 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gmemd import __version__, config, errors, log
+from gmemd.examples import epilog
 
 Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130  # as shells do: 128 + SIGINT
 UNHEARD = 141  # 128 + SIGPIPE
 
 
+class Help(argparse.HelpFormatter):
+    """Fills a description, and leaves the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
-    """Ends with EX_USAGE, as documented, where argparse would end with 2."""
+    """Ends with EX_USAGE, as documented, where argparse would end with 2. Its help ends with examples."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Help, **options)
+        self.epilog = epilog(self.prog)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)

@@ -74,6 +74,18 @@ def test_wheel_holds_what_runs(wheel: Path) -> None:
     assert not [name for name in modes if name.endswith((".c", ".h", ".o")) or name.startswith("tests/")]
 
 
+def test_wheel_holds_what_lies_beside_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.partition(".data/data/")[2] for name in archive.namelist()}
+    units = {f"lib/systemd/system/{unit.name}" for unit in (ROOT / "systemd").glob("gmemd*.s*")}
+    assert units | {"lib/sysusers.d/gmemd.conf", "lib/udev/rules.d/60-gmemd.rules"} <= names
+    pages = ["man1/gmemd.1", "man1/gmemd-source.1", "man1/gmemd-replay.1", "man5/gmemd.toml.5", "man7/gmemd-protocol.7"]
+    assert {f"share/man/{page}" for page in pages} <= names
+    for command in ("gmemd", "gmemd-source", "gmemd-replay"):
+        assert f"share/bash-completion/completions/{command}" in names
+    assert {f"share/doc/gmemd/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= names
+
+
 def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

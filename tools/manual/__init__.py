@@ -1,0 +1,1 @@
+"""Man pages and shell completion, made from the parsers and from docs/."""
