@@ -95,7 +95,10 @@ def abandon(options: argparse.Namespace) -> int:
     from gmemd import status
 
     answer = status.ask(_status_socket(options), {"command": "abandon", "migration": options.migration})
-    print(f"{options.migration} is given up; {answer['pages_missing']} pages were missing")
+    missing = answer["pages_missing"]
+    print(
+        f"{options.migration} is given up; {'nobody knows how many' if missing is None else missing} pages were missing"
+    )
     return 0
 
 

@@ -1,12 +1,12 @@
 """`gmemd serve`: the destination daemon. Owns the sockets, the pager's thread, and the order in which all ends."""
 
-import errno
 import grp
 import logging
 import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -14,9 +14,8 @@ import trio
 from gmemd import holder, notify, status
 from gmemd.callers import VmmRules
 from gmemd.config import Address, Config
-from gmemd.errors import ConfigError, DataError, UnavailableError
-from gmemd.handoff import Descriptors
-from gmemd.keeping import Kept, sort_out, take_ends
+from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError
+from gmemd.keeping import Kept, Stranded, sort_out, take_ends
 from gmemd.listen import take_descriptors
 from gmemd.metrics import collect
 from gmemd.migrate.link import LinkSettings
@@ -25,6 +24,7 @@ from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.sources import SourceConnections
+from gmemd.stranded import hold
 from gmemd.vmms import HANDING_OFF, OF_ONE_USER, Shared, VmmConnection
 from gmemd.watchdog import watch
 
@@ -86,7 +86,7 @@ class Daemon:
         listeners = self._listeners()
         for record in take_ends(self._handed):
             self._remember(record)
-        kept = sort_out(self._handed, self.shared.store)
+        kept, stranded = sort_out(self._handed, self.shared.store)
         self.registry.listen = _name(listeners[1][0])
         async with trio.open_nursery() as outer:
             outer.start_soon(self._run_pager)
@@ -95,7 +95,9 @@ class Daemon:
                 with trio.open_signal_receiver(*STOPPING) as signals:
                     async with trio.open_nursery() as self._connections:
                         for migration in kept:
-                            self._connections.start_soon(self._resume, migration)
+                            await self._connections.start(self._resume, migration)
+                        for left in stranded:
+                            self._connections.start_soon(self._hold, left)
                         for listener, serve in listeners:
                             self._connections.start_soon(self._accept, listener, serve)
                         self._connections.start_soon(self._tell_status)
@@ -120,17 +122,14 @@ class Daemon:
     async def _run_pager(self) -> None:
         """In a thread of its own, which is told when to end."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(
-                self.pager.run, thread_name=PAGER_THREAD, limiter=trio.CapacityLimiter(1)
-            )
+            await trio.to_thread.run_sync(self.pager.run, thread_name=PAGER_THREAD, limiter=trio.CapacityLimiter(1))
 
     async def _tell_status(self) -> None:
         told = ""
         while True:
             await trio.sleep(STATUS_SECONDS)
             status.sample(self.registry)
-            if (now := status.one_line(self.registry)) != told:
-                self.notifier.status(now)
+            if (now := status.one_line(self.registry)) != told and self.notifier.status(now):
                 told = now
 
     def _listeners(self) -> list[tuple[trio.socket.SocketType, Serve]]:
@@ -182,9 +181,7 @@ class Daemon:
             while True:
                 try:
                     connection, _ = await listener.accept()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.ENOBUFS):
-                        raise
+                except OSError as error:  # too many descriptors, no memory: it passes, and guests wait for us meanwhile
                     log.warning("accept: %s", error.strerror, extra={"once": "accept", "every": 10.0})
                     await trio.sleep(STATUS_SECONDS)
                     continue
@@ -198,16 +195,37 @@ class Daemon:
             log.exception("a connection has failed, which is a bug of gmemd")
             connection.close()
 
-    async def _resume(self, kept: Kept) -> None:
-        """A migration that was kept for us."""
-        sock = socket.socket(fileno=kept.vmm)
-        sock.setblocking(False)
-        fds = Descriptors([kept.state, *kept.fds] + ([] if kept.blob is None else [kept.blob]))
-        with trio.socket.from_stdlib_socket(sock) as connection:
-            try:
-                await VmmConnection(self.shared, connection).resume(kept)
-            finally:
-                fds.close()
+    async def _resume(self, kept: Kept, task_status: trio.TaskStatus[None]) -> None:
+        """A migration that was kept for us. Whatever is wrong with it is no trouble of the others, and its guest
+        waits."""
+        resumed = trio.Event()
+
+        def tell() -> None:
+            if not resumed.is_set():
+                resumed.set()
+                task_status.started()
+
+        stranded = Stranded(kept.migration, "", kept.parts)
+        try:
+            with trio.socket.fromfd(kept.vmm, socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+                await VmmConnection(self.shared, connection).resume(kept, tell)
+            return
+        except (GmemdError, OSError) as error:
+            stranded = replace(stranded, why=str(error))
+        except Exception as error:
+            log.exception("a kept migration has failed, which is a bug of gmemd", extra={"migration": kept.migration})
+            stranded = replace(stranded, why=repr(error))
+        finally:
+            tell()
+            if not stranded.why:
+                stranded.close()
+        await self._hold(stranded)
+
+    async def _hold(self, stranded: Stranded) -> None:
+        try:
+            await hold(stranded, self.registry, self.shared.store)
+        finally:
+            stranded.close()
 
     async def _serve_vmm(self, connection: trio.socket.SocketType) -> None:
         with connection:

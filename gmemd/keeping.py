@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmemd.notify import Notifier
@@ -25,6 +25,26 @@ class Kept:
     fds: list[int]
     blob: int | None
 
+    @property
+    def parts(self) -> dict[str, list[int]]:
+        """Its descriptors by what they are."""
+        parts = {f"{DESCRIPTOR}{index}": [fd] for index, fd in enumerate(self.fds)}
+        return parts | {VMM: [self.vmm], STATE: [self.state]} | ({} if self.blob is None else {BLOB: [self.blob]})
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """A migration that was kept and cannot be taken over: why, and its descriptors by what they are."""
+
+    migration: str
+    why: str
+    parts: Mapping[str, Sequence[int]]
+
+    def close(self) -> None:
+        """Our own; the keeper has others."""
+        for fds in self.parts.values():
+            _close(fds)
+
 
 class Keeper:
     """Keeps one migration's descriptors with whoever outlives us: the service manager, or a holder of ours."""
@@ -35,7 +55,9 @@ class Keeper:
         self._names: list[str] = []
 
     def keep(self, what: str, fd: int) -> None:
-        """Hands over one descriptor."""
+        """Hands over one descriptor, in place of one that is kept as the same."""
+        if what in self._names:
+            self.forget(what)
         self._store.store(f"{what}.{self._migration}", [fd])
         if what != ENDED:
             self._names.append(what)
@@ -50,18 +72,18 @@ class Keeper:
 
     def forget(self, what: str) -> None:
         """Has one let go."""
+        if what in self._names:
+            self._names.remove(what)
         self._store.remove(f"{what}.{self._migration}")
 
     def forget_guest(self) -> None:
         """Has everything let go but how it ended: as long as it is kept, the guest's memory is."""
         while self._names:
-            self.forget(self._names.pop())
+            self.forget(self._names[-1])
 
-    def adopt(self, kept: Kept) -> None:
+    def adopt(self, parts: Iterable[str]) -> None:
         """These are with the keeper already."""
-        self._names += [*(f"{DESCRIPTOR}{index}" for index in range(len(kept.fds))), VMM, STATE]
-        if kept.blob is not None:
-            self._names.append(BLOB)
+        self._names += sorted(parts, key=lambda what: what == STATE)
 
 
 def take_ends(stored: dict[str, list[int]]) -> list[bytes]:
@@ -74,34 +96,56 @@ def take_ends(stored: dict[str, list[int]]) -> list[bytes]:
     return ends
 
 
-def sort_out(stored: Mapping[str, list[int]], store: Notifier) -> list[Kept]:
-    """Puts together what came back. What belongs to nothing is let go, with a word in the log."""
-    parts: dict[str, dict[str, int]] = {}
+def sort_out(stored: Mapping[str, list[int]], store: Notifier) -> tuple[list[Kept], list[Stranded]]:
+    """Puts together what came back. What makes no sense stays with the keeper, as somebody's guest may wait for it."""
+    migrations: dict[str, dict[str, list[int]]] = {}
     for name, fds in stored.items():
         what, _, migration = name.partition(".")
-        if not migration or len(fds) != 1:
-            _let_go(name, fds, store, "no name of ours")
+        if migration:
+            migrations.setdefault(migration, {})[what] = fds
         else:
-            parts.setdefault(migration, {})[what] = fds[0]
-    return [kept for migration, found in parts.items() if (kept := _put_together(migration, found, store))]
+            log.warning("kept descriptor %s is left where it is: no name of ours", name)
+            _close(fds)
+    kept, stranded = [], []
+    for migration, parts in migrations.items():
+        if why := _wrong_with(parts):
+            stranded.append(Stranded(migration, why, parts))
+        elif STATE in parts:
+            kept.append(_put_together(migration, parts))
+        else:
+            # A daemon that died within the hand-off, when nothing ran on that memory yet, or after the end.
+            _let_go(migration, parts, store)
+    return kept, stranded
 
 
-def _put_together(migration: str, parts: dict[str, int], store: Notifier) -> Kept | None:
-    fds: list[int] = []
-    rest = dict(parts)
-    while (fd := rest.pop(f"{DESCRIPTOR}{len(fds)}", None)) is not None:
-        fds.append(fd)
-    state, vmm, blob = (rest.pop(name, None) for name in (STATE, VMM, BLOB))
-    if state is None or vmm is None or not fds or rest:
-        # A daemon that died while it kept or forgot: nothing ran on that memory yet, or nothing was missing any more.
-        for what, fd in parts.items():
-            _let_go(f"{what}.{migration}", [fd], store, "parts of it are missing")
-        return None
-    return Kept(migration, state, vmm, fds, blob)
+def _wrong_with(parts: Mapping[str, Sequence[int]]) -> str | None:
+    descriptors = [f"{DESCRIPTOR}{index}" for index in range(len(parts))]
+    if unknown := sorted(set(parts) - {STATE, VMM, BLOB, *descriptors}):
+        return f"{', '.join(unknown)}: no part that this gmemd knows"
+    if several := sorted(what for what, fds in parts.items() if len(fds) != 1 and what != BLOB):
+        return f"{', '.join(several)}: kept more than once"
+    held = sum(name in parts for name in descriptors)
+    missing = sorted({VMM, *descriptors[: max(held, 1)]} - set(parts))
+    if STATE in parts and missing:
+        return f"{', '.join(missing)}: missing"
+    return None
 
 
-def _let_go(name: str, fds: Sequence[int], store: Notifier, why: str) -> None:
-    log.warning("kept descriptor %s is let go: %s", name, why)
+def _put_together(migration: str, parts: Mapping[str, list[int]]) -> Kept:
+    fds = [parts[name][0] for index in range(len(parts)) if (name := f"{DESCRIPTOR}{index}") in parts]
+    # A source sends the same state each time, so of several either will do.
+    blob, *rest = parts.get(BLOB, [None])
+    _close([fd for fd in rest if fd is not None])
+    return Kept(migration, parts[STATE][0], parts[VMM][0], fds, blob)
+
+
+def _let_go(migration: str, parts: Mapping[str, list[int]], store: Notifier) -> None:
+    for what, fds in parts.items():
+        log.warning("kept descriptor %s.%s is let go: it has no state", what, migration)
+        _close(fds)
+        store.remove(f"{what}.{migration}")
+
+
+def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
-    store.remove(name)

@@ -25,16 +25,16 @@ class Notifier:
     def ready(self) -> None:
         self.send("READY=1")
 
-    def status(self, text: str) -> None:
-        """Shown by `systemctl status`."""
-        self.send("STATUS=" + " ".join(text.splitlines()))
+    def status(self, text: str) -> bool:
+        """Shown by `systemctl status`. False: not now; the next will be newer."""
+        return self.send("STATUS=" + " ".join(text.splitlines()), timeout=0.0)
 
     def stopping(self) -> None:
         self.send("STOPPING=1")
 
     def alive(self) -> None:
         """To be sent at least every `watchdog_interval`."""
-        self.send("WATCHDOG=1")
+        self.send("WATCHDOG=1", timeout=0.0)
 
     def extend_timeout(self, seconds: float) -> None:
         """Asks for so much more time to start or stop, counted from now."""
@@ -49,14 +49,16 @@ class Notifier:
         """Has all descriptors of that name closed: until then, they keep a guest's memory alive."""
         self.send("FDSTOREREMOVE=1", f"FDNAME={checked(name)}")
 
-    def send(self, *lines: str, fds: Sequence[int] = ()) -> bool:
+    def send(self, *lines: str, fds: Sequence[int] = (), timeout: float = SEND_TIMEOUT) -> bool:
         if not self.address:
             return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-                channel.settimeout(SEND_TIMEOUT)
+                channel.settimeout(timeout)
                 channel.connect(self.address)
                 socket.send_fds(channel, ["\n".join(lines).encode()], fds)
+        except BlockingIOError:  # what is not worth waiting for
+            return False
         except OSError as error:
             what = lines[0].partition("=")[0]
             log.warning("service manager not told %s: %s", what, error, extra={"once": (__name__, what)})

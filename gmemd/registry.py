@@ -54,6 +54,17 @@ class Finished:
         return time.monotonic() - self.at
 
 
+@dataclass(slots=True)
+class Unusable:
+    """A migration that was kept for this daemon, which cannot take it over."""
+
+    name: str
+    owner: int
+    why: str
+    kept: list[str]
+    given_up: trio.Event = field(default_factory=trio.Event)
+
+
 class Registry:
     """Knows every migration from its hand-off until its VMM has let go of it."""
 
@@ -63,6 +74,7 @@ class Registry:
         self.listen = ""  # where sources come to
         self.ended: Counter[str] = Counter()  # by phase, those before us that are remembered included
         self.finished: deque[Finished] = deque(maxlen=FINISHED)
+        self.unusable: dict[str, Unusable] = {}
         self._owners: dict[str, int] = {}
         self._migrations: dict[str, IncomingMigration] = {}
         self._arrivals = trio.Condition()

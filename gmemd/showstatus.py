@@ -58,6 +58,10 @@ def render(answer: dict[str, Any]) -> RenderableType:
     """All migrations, and those that have ended."""
     try:
         parts = [_migration(m) for m in answer["migrations"]]
+        parts += [
+            Text(f"{u['migration']}: cannot be taken over, its guest waits: {u['why']}", style="bold red")
+            for u in answer["unusable"]
+        ]
         if answer["finished"]:
             parts.append(_finished(answer["finished"]))
     except KeyError as error:
@@ -152,7 +156,7 @@ def _finished(ended: list[dict[str, Any]]) -> RenderableType:
 
 def _troubles(m: dict[str, Any]) -> Iterator[str]:
     if m["stuck"]:
-        yield m["stuck"]
+        yield f"{m['stuck']} (for {_time(m['stuck_us'])})"
     if m["link"] and not m["lanes"]:
         yield f"no source: {m['link']}"
     if late := sum(wait["for_us"] > LONG_WAIT_US for wait in m["waits"]):

@@ -40,7 +40,9 @@ def one_line(registry: Registry) -> str:
     arriving = sum(_speed(m).arrived for m in registry)
     if arriving >= MIB / 10:
         text += f", {arriving / MIB:.1f} MiB/s"
-    return f"{text}, {stuck} stuck" if stuck else text
+    if stuck:
+        text += f", {stuck} stuck"
+    return f"{text}, {len(registry.unusable)} unusable" if registry.unusable else text
 
 
 def sample(registry: Registry) -> None:
@@ -74,6 +76,7 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "lanes": sorted(migration.session.lanes) if migration.session else [],
         "recoveries": migration.recoveries,
         "stuck": report.stuck,
+        "stuck_us": int(1e6 * (end - report.stuck_since)) if report.stuck_since else 0,
         "link": report.link,
         "fault_latency_us": migration.destination.latency_us(),
         "waits": [
@@ -173,6 +176,11 @@ def answer_untrusted(request: bytes, registry: Registry, caller: Caller) -> dict
             "pid": os.getpid(),
             "listen": registry.listen,
             "migrations": [snapshot(migration) for migration in registry if caller.owns(migration.owner)],
+            "unusable": [
+                {"migration": u.name, "why": u.why, "kept": u.kept}
+                for u in registry.unusable.values()
+                if caller.owns(u.owner)
+            ],
             "finished": [ended.told for ended in registry.finished if caller.owns(ended.owner)],
         }
     if command == "abandon":
@@ -181,6 +189,10 @@ def answer_untrusted(request: bytes, registry: Registry, caller: Caller) -> dict
 
 
 def _abandon(name: object, registry: Registry, caller: Caller) -> dict[str, Any]:
+    unusable = registry.unusable.get(name) if isinstance(name, str) else None
+    if unusable and caller.owns(unusable.owner):
+        unusable.given_up.set()
+        return {"abandoned": name, "pages_missing": None}
     migration = registry.get(name) if isinstance(name, str) else None
     if migration is None or not caller.owns(migration.owner):
         return {"error": f"no migration {shown(name)} here"}

@@ -87,20 +87,24 @@ class VmmConnection:
         if not self.shared.rules.allow(self.caller, migration):
             raise PermissionRefusedError(f"migration {migration}: no rule in [vmms] lets {self.caller} receive it")
 
-    async def resume(self, kept: Kept) -> None:
-        """Goes on with a migration of a daemon that has ended. What does not make sense is left as it is: the guest
-        waits."""
+    async def resume(self, kept: Kept, resumed: Callable[[], None]) -> None:
+        """Goes on with a migration of a daemon that has ended; calls `resumed` when it does."""
         keeper = Keeper(self.shared.store, kept.migration)
-        keeper.adopt(kept)
+        keeper.adopt(kept.parts)
         with self.shared.registry.reserved(kept.migration, self.caller.uid):
-            try:
-                memory = Memory.adopt(kept.state, kept.fds)
-            except GmemdError as error:
-                log.error("cannot be taken over: %s", error, extra={"migration": kept.migration})
-                await trio.sleep_forever()
+            memory = Memory.adopt(kept.state, kept.fds)
+            if memory.migration != kept.migration:
+                name = memory.migration
+                memory.close()
+                raise HandoffError(f"the state is of another migration: {handoff.shown(name)}")
             migration = self._migration(memory, keeper, kept.fds)
             blob = None if kept.blob is None else handoff.content(kept.blob)
-            await self._attend(migration, keeper, lambda: migration.resume(blob))
+
+            def start() -> None:
+                migration.resume(blob)
+                resumed()
+
+            await self._attend(migration, keeper, start)
 
     async def _receive(self, asked: Handoff, fds: list[int]) -> None:
         memory = await trio.to_thread.run_sync(self._take_memory, asked, fds)

@@ -74,8 +74,10 @@ async def test_a_truncated_memory_file_harms_nobody_else(tmp_path: Path) -> None
         nursery.cancel_scope.cancel()
 
 
-async def test_a_dead_vmm_is_noticed_and_forgotten(tmp_path: Path) -> None:
-    """It is killed in the middle; another goes on as if nothing had been."""
+@pytest.mark.parametrize("seen", [True, False])
+async def test_a_dead_vmm_is_noticed_and_forgotten(seen: bool, tmp_path: Path) -> None:
+    """It is killed in the middle, before the daemon's eyes or while there is none; another goes on as if nothing had
+    been."""
     async with open_host(tmp_path) as host, host.migration("other", PAGES) as (other, sender):
         options = usual(memory="16M", vcpus=1, lanes=1)
         plan = Plan(options, tmp_path, rate=1 << 20, port=host.plan.port)
@@ -86,7 +88,13 @@ async def test_a_dead_vmm_is_noticed_and_forgotten(tmp_path: Path) -> None:
         await pair.start_sender()
         await pair.destination.event("ready")
         assert {name.partition(".")[2] for name in kept_names(host)} == {"demo", "other"}
+        if not seen:
+            host.cast.daemon.process.kill()
+            await host.cast.daemon.process.wait()
         pair.destination.process.kill()
+        await pair.destination.process.wait()
+        if not seen:
+            await host.cast.start_daemon()
         told = await over(host, "demo")
         assert told["phase"] == "abandoned"
         assert told["link"] == "the VMM has died"

@@ -87,7 +87,10 @@ class IncomingMigration:
     def resume(self, state: bytes | None) -> None:
         """Goes on where another daemon ended; `state` is the VMM's own, if the VMM has not had it."""
         self.pager.add(self.destination)
-        self.memory.wake()
+        try:
+            self.memory.wake()
+        except GmemdError as error:  # the VMM has died, or is about to
+            self._stuck(error)
         self.destination.ask_vcpus()
         if self.memory.note(Note.SWITCHED):
             self.state = state

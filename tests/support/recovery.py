@@ -105,6 +105,20 @@ class Vmm:
         """The balloon takes pages out; returns when somebody has read of it."""
         await trio.to_thread.run_sync(_remove, self.hva + page * PAGE, count * PAGE)
 
+    def resident(self) -> set[int]:
+        """Pages that the memory file has."""
+        found = set()
+        at, size = 0, self.pages * PAGE
+        while at < size:
+            try:
+                at = os.lseek(self.file, at, os.SEEK_DATA)
+            except OSError:  # no more
+                break
+            end = os.lseek(self.file, at, os.SEEK_HOLE)
+            found |= set(range(at // PAGE, end // PAGE))
+            at = end
+        return found
+
     def wrong(self, seed: int = 0) -> list[int]:
         """Pages that are not as at the source. When nothing is missing."""
         return [page for page in range(self.pages) if self._read(page) != content(page, seed)]
