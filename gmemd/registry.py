@@ -25,7 +25,7 @@ class Finished:
     name: str
     phase: str
     epoch: int
-    token: bytes  # of its latest session, empty if this daemon saw none
+    tokens: list[str]  # of its latest session and of the one before, in hex, as far as this daemon saw them
     pages: int
     told: dict[str, Any]
     owner: int = ROOT  # the VMM's user
@@ -33,16 +33,20 @@ class Finished:
 
     def record(self) -> bytes:
         """For a successor."""
-        return json.dumps(asdict(self) | {"token": self.token.hex()}).encode()
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def read(cls, record: bytes) -> Self:
         """DataError if it is none."""
         try:
-            fields = json.loads(record)
-            return cls(**fields | {"token": bytes.fromhex(fields["token"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return cls(**json.loads(record))
+        except (ValueError, TypeError) as error:
             raise DataError(f"not how a migration ended: {error}") from None
+
+    def was_with(self, epoch: int, token: bytes) -> bool:
+        """Whether a source that says so was its last one; it may have missed the last welcome."""
+        known = token.hex() in self.tokens or (epoch == self.epoch and not self.tokens)
+        return 0 < epoch <= self.epoch and known
 
     @property
     def complete(self) -> bool:

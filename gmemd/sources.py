@@ -109,7 +109,7 @@ class SourceConnections:
     async def _say_ended(self, messages: MessageStream, hello: wire.Hello, ended: Finished) -> bool:
         """A source that was cut off at the very end hears how it ended. One that is new may mean another migration of
         the same name, and must not take the end of the old one for its own."""
-        if hello.epoch and hello.epoch == ended.epoch and ended.token in (b"", hello.token):
+        if ended.was_with(hello.epoch, hello.token):
             if not ended.complete:
                 raise AbandonedError(ended.told["link"] or "given up")
             await self._tell(messages, wire.Complete(ended.pages))

@@ -156,7 +156,7 @@ class VmmConnection:
             migration.name,
             migration.phase.value,
             migration.epoch,
-            migration.token,
+            [token.hex() for token in (migration.token, migration.token_before) if token],
             migration.memory.pages,
             snapshot(migration),
             migration.owner,

@@ -3,6 +3,7 @@
 import re
 import socket
 import struct
+import time
 
 import msgpack
 import pytest
@@ -15,6 +16,7 @@ from support.vmm import PAGE
 
 from gmemd.errors import LinkError
 from gmemd.migrate import wire
+from gmemd.migrate.link import LinkSettings
 from gmemd.native import crc32c
 
 pytest_plugins = ["support.neighbour_fixtures"]
@@ -123,11 +125,34 @@ def test_a_second_source(connection: Connection, neighbour: Neighbour) -> None:
 def test_a_source_that_was_replaced(daemon: DaemonProcess, name: str) -> None:
     with RawSource(daemon.port, name, REGIONS) as first:
         first.greet()
-    with RawSource(daemon.port, name, REGIONS) as second:
+    with (
+        RawSource(daemon.port, name, REGIONS) as second,
+        RawSource(daemon.port, name, REGIONS, epoch=1, token=first.welcome.token) as again,
+    ):
         assert second.greet().epoch == 2
-    with RawSource(daemon.port, name, REGIONS, epoch=1, token=first.welcome.token) as again:
         again.control.send(again.hello)
+        for _ in range(6):  # the second lives
+            second.control.send(wire.Beat())
+            time.sleep(0.25)
         assert told_no(again.control) == "epoch 1 is over (now is 2): another source took its place"
+    with RawSource(daemon.port, name, REGIONS, epoch=1, token=first.welcome.token) as again:
+        assert again.greet().epoch == 3, "nobody else is there, and it has the same memory"
+
+
+@pytest.mark.usefixtures("vmm")
+def test_a_source_that_missed_its_welcome(daemon: DaemonProcess, name: str) -> None:
+    """It can say nothing newer than it knows; the session that it does not know of makes room at once."""
+    with RawSource(daemon.port, name, REGIONS) as first:
+        first.greet()
+    token = first.welcome.token
+    with (
+        RawSource(daemon.port, name, REGIONS, epoch=1, token=token) as second,
+        RawSource(daemon.port, name, REGIONS, epoch=1, token=token) as third,
+    ):
+        assert second.greet().epoch == 2
+        begin = time.monotonic()
+        assert third.greet().epoch == 3
+        assert time.monotonic() - begin < LinkSettings().heartbeat
 
 
 LANE = wire.LaneHello("nobody", 1, 0, bytes(wire.TOKEN_BYTES))

@@ -158,7 +158,7 @@ def test_speed_is_that_of_the_last_seconds() -> None:
 async def test_a_reader_that_stalls_is_dropped(autojump_clock: trio.testing.MockClock) -> None:
     """What it does not read is more than fits into the socket."""
     registry = Registry(1, 1)
-    registry.remember(Finished("m", "complete", 1, b"", 1, {"long": "x" * (1 << 20)}))
+    registry.remember(Finished("m", "complete", 1, [], 1, {"long": "x" * (1 << 20)}))
     ours, theirs = socket.socketpair()
     with theirs:
         ours.setblocking(False)

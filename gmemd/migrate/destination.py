@@ -73,6 +73,7 @@ class IncomingMigration:
         self.state: bytes | None = None  # the VMM's own, until the VMM has it
         self.session: Session | None = None
         self.token = b""  # of the latest session
+        self.token_before = b""  # of the one that its source had heard of before
         self.ready = trio.Event()  # the guest may run here, or never will
         self.ended = trio.Event()
         self._full = trio.Event()  # nothing is missing
@@ -149,7 +150,7 @@ class IncomingMigration:
             self.phase = Phase.PREPARING
         self.report.link = None
         session = self.session = Session(self, control, hello, self.epoch)
-        self.token = session.token
+        self.token, self.token_before = session.token, hello.token
         log.info("source %s, epoch %d", control.messages.address, self.epoch, extra={"migration": self.name})
         try:
             await session.run()
@@ -206,10 +207,10 @@ class IncomingMigration:
             raise RefusedError(_difference(hello.regions, regions))
         self._check_epoch(hello)
         while session := self.session:
-            if hello.epoch:
+            if session.is_with(hello):
                 await session.stop()
             else:
-                await self._wait_for_place(session)
+                await self._wait_for_place(session, hello)
             self._check_epoch(hello)
 
     def _check_epoch(self, hello: wire.Hello) -> None:
@@ -217,14 +218,15 @@ class IncomingMigration:
             raise LinkError(f"migration {self.name} has just ended: {self.phase.value}")
         if hello.epoch > self.epoch:
             raise RefusedError(f"epoch {hello.epoch} is in the future (now is {self.epoch}): sent by the source")
-        if 0 < hello.epoch < self.epoch:
-            raise RefusedError(f"epoch {hello.epoch} is over (now is {self.epoch}): another source took its place")
 
-    async def _wait_for_place(self, session: Session) -> None:
-        """A source that died without a word is found out by its silence; only then may another take its place."""
+    async def _wait_for_place(self, session: Session, hello: wire.Hello) -> None:
+        """A source that died without a word is found out by its silence; only then may another take its place, or one
+        that has missed a welcome."""
         with trio.move_on_after(self.settings.dead_after + self.settings.heartbeat):
             await session.over.wait()
             return
+        if hello.epoch:
+            raise RefusedError(f"epoch {hello.epoch} is over (now is {self.epoch}): another source took its place")
         raise RefusedError(f"migration {self.name} has a source already: {session.control.messages.address}")
 
     async def _watch_events(self) -> None:

@@ -63,10 +63,15 @@ class Session:
         self.checksum = hello.checksum and migration.settings.checksum
         self.over = trio.Event()
         self.lanes: dict[int, PageLane] = {}
+        self._heard = hello.epoch, hello.token  # of what went before, by its source
         self._expected = set(range(hello.lanes + 1))
         self._all_there = trio.Event()
         self._tasks: Tasks | None = None
         self._state = bytearray()
+
+    def is_with(self, hello: wire.Hello) -> bool:
+        """Whether this hello is from the same source, which may not have heard our welcome."""
+        return hello.epoch == self.epoch or (hello.epoch > 0 and (hello.epoch, hello.token) == self._heard)
 
     async def run(self) -> None:
         """Serves the source; returns when we end the session, and raises what else it ends with."""
