@@ -4,6 +4,7 @@ import os
 import random
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.vmm import PAGE
 
 from gmemd.errors import LinkError
 from gmemd.migrate import wire
+from gmemd.migrate.pagelanes import FIRST_PAUSE, JITTER, LONGEST_PAUSE
 
 COUNT = 32
 
@@ -145,6 +147,35 @@ def test_another_connection_goes_on(
     destination.control.send(wire.Complete(COUNT))
     assert vmm.receive() == {"done": True}
     assert source.result().told["recoveries"] == 1
+
+
+def test_waiting_for_the_vmm_there_is_no_recovery(
+    destination: RawDestination, vmm: SourceVmm, source: SourceProcess
+) -> None:
+    control = destination.accept()
+    control.expect(wire.Hello)
+    control.send(wire.Waiting())
+    control.close()
+    destination.join()
+    vmm.pause()
+    destination.take_switch()
+    destination.control.send(wire.Complete(COUNT))
+    assert vmm.receive() == {"done": True}
+    assert source.result().told["recoveries"] == 0
+
+
+@pytest.mark.usefixtures("source")
+def test_a_lane_that_fails_each_time_comes_less_and_less_often(destination: RawDestination) -> None:
+    destination.greet()
+    times = []
+    while len(times) < 7:
+        lane = destination.accept()
+        if lane.expect(wire.LaneHello).lane == 0:
+            times.append(time.monotonic())
+        lane.send(wire.LaneWelcome())
+        lane.close()
+    pauses = sum(min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) * (1 - JITTER) for n in range(len(times) - 2))
+    assert times[-1] - times[0] >= pauses
 
 
 def test_the_end_may_be_told_to_a_new_connection(

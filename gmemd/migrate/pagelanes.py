@@ -1,6 +1,7 @@
 """The source's page lanes of one session: each connects, works, and connects again when its connection fails."""
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +26,9 @@ URGENT = 0
 STEP_US = 20_000
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 0.5
+# A lane that has worked for so long comes back at once; one that fails sooner, less and less often.
+STEADY_SECONDS = 1.0
+JITTER = 0.5
 _THREADS = trio.CapacityLimiter(wire.MAX_LANES + 1)
 
 
@@ -71,11 +75,15 @@ class PageLanes:
                 messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout)
                 async with messages.stream:
                     await self._join(lane, messages)
-                    pause = 0.0
-                    await (self._serve(messages) if lane == URGENT else self._push_on(lane, messages))
+                    joined = time.monotonic()
+                    try:
+                        await (self._serve(messages) if lane == URGENT else self._push_on(lane, messages))
+                    finally:
+                        if time.monotonic() - joined > STEADY_SECONDS:
+                            pause = 0.0
             except LinkError as error:
                 log.info("lane %d: %s", lane, error)
-            await trio.sleep(pause)
+            await trio.sleep(pause * random.uniform(1 - JITTER, 1))
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
 
     async def _join(self, lane: int, messages: MessageStream) -> None:

@@ -74,6 +74,7 @@ class OutgoingMigration:
         self.token = b""
         self._random = random.Random(seed)
         self._state: bytes | None = None
+        self._welcomed = False  # on the connection there is, or was last
 
     @property
     def switched(self) -> bool:
@@ -98,6 +99,8 @@ class OutgoingMigration:
             except LinkError as error:
                 if self.progress.phase not in ("connecting", "reconnecting"):
                     lost, pause = time.monotonic(), 0.0
+                if self._welcomed:  # a connection that only waited for the VMM there is no loss
+                    self._welcomed = False
                     self.progress.recoveries += 1
                 self._note(error)
                 if patience is not None and not self.switched and time.monotonic() - lost > patience:
@@ -125,6 +128,7 @@ class OutgoingMigration:
             welcome = await self._greet(control)
             if welcome:
                 self.epoch, self.token = welcome.epoch, welcome.token
+                self._welcomed = True
                 if welcome.switched:
                     self.source.open()
                     self.progress.switched = self.progress.switched or time.monotonic()
