@@ -167,7 +167,7 @@ def test_waiting_for_the_vmm_there_is_no_recovery(
 @pytest.mark.usefixtures("source")
 def test_a_lane_that_fails_each_time_comes_less_and_less_often(destination: RawDestination) -> None:
     destination.greet()
-    times = []
+    times: list[float] = []
     while len(times) < 7:
         lane = destination.accept()
         if lane.expect(wire.LaneHello).lane == 0:
