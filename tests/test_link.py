@@ -10,12 +10,13 @@ import trio.testing
 
 from gmemd.errors import LinkError, ProtocolError
 from gmemd.migrate import wire
-from gmemd.migrate.link import LANE_BEAT, ControlLane, MessageStream, connect
+from gmemd.migrate.link import ControlLane, MessageStream, connect
 from gmemd.migrate.state import Role
 
 S, D = Role.SOURCE, Role.DESTINATION
 HELLO = wire.Hello("m", 0, b"", 1, True, [[0, 1, 12]])
 WELCOME = wire.Welcome(1, bytes(16), True, False)
+FRAME = b"the first frame"
 Pair = tuple[MessageStream, trio.abc.HalfCloseableStream]
 
 
@@ -148,10 +149,10 @@ async def test_frames_behind_a_hello_are_left_to_the_lane() -> None:
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     port = listener.socket.getsockname()[1]
     async with listener, await trio.open_tcp_stream("127.0.0.1", port) as theirs, await listener.accept() as ours:
-        await theirs.send_all(wire.preamble() + wire.encode(wire.LaneWelcome()) + LANE_BEAT)
+        await theirs.send_all(wire.preamble() + wire.encode(wire.LaneWelcome()) + FRAME)
         messages = MessageStream(ours, D, "")
         assert await messages.receive() == wire.LaneWelcome()
-        assert await messages.take_socket().recv(1 << 16) == LANE_BEAT
+        assert await messages.take_socket().recv(1 << 16) == FRAME
 
 
 async def test_a_connection_that_nobody_takes() -> None:

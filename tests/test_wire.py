@@ -165,7 +165,8 @@ def test_keys_of_a_later_version_are_passed_over() -> None:
     ("data", "error"),
     [
         (b"GET / HTTP/1.1\r\n", r"not a gmemd connection: it begins with b'GET / '"),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01", r"not a gmemd connection: it begins with b'\x16\x03\x01\x02\x00\x01'"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", "it speaks TLS, and we do not"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "it speaks TLS, and we do not"),
         (wire.PREAMBLE.pack(wire.MAGIC, 2), "protocol version 2 (this is version 1)"),
         (wire.preamble() + wire.HEAD.pack(wire.MAX_MESSAGE + 1, 0), "a message of 131073 bytes (131072 at most)"),
         (wire.preamble() + wire.HEAD.pack(2**32 - 1, 0), "a message of 4294967295 bytes (131072 at most)"),

@@ -1,20 +1,22 @@
 """Connections: the control lane as a stream of messages, and what all lanes share."""
 
-import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
 
-from gmemd.errors import LinkError, ProtocolError
+from gmemd.errors import GmemdError, LinkError, ProtocolError
 from gmemd.migrate import wire
 from gmemd.migrate.state import Conversation, Role
+from gmemd.migrate.tls import Secured, Stream, TlsStream, at
+from gmemd.native.tls import Tls
 
 M = TypeVar("M", bound=wire.Message)
 
 READ_BYTES = 64 * 1024
-KIND_BEAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,11 @@ class LinkSettings:
     ahead: int = 16
 
 
-# A beat in the form that page lanes take (gmemd/native/frame.h), without a checksum, which a beat need not have.
-LANE_BEAT = struct.pack("<HBBHHQIIII", 0x4D47, KIND_BEAT, 0, 0, 0, 0, 0, 0, 0, 0)
-
-
 class MessageStream:
     """One connection as messages. Every way that the connection can end raises LinkError, every wrong byte
     ProtocolError. Nothing is read beyond a message: on a page lane, frames may follow it at once."""
 
-    def __init__(self, stream: trio.SocketStream, peer: Role, address: str) -> None:
+    def __init__(self, stream: Stream, peer: Role, address: str) -> None:
         self.stream = stream
         self.address = address
         self.heard = time.monotonic()
@@ -51,19 +49,15 @@ class MessageStream:
         """Sends one message, the first behind the preamble."""
         data = wire.encode(message)
         async with self._sending:
-            try:
+            with self._named():
                 await self.stream.send_all(self._preamble + data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise self._broken(error) from None
             self._preamble = b""  # not before: who is cancelled here has sent nothing
 
     async def receive(self) -> wire.Message:
         """The next message."""
         while (message := self._decoder.next_message_untrusted()) is None:
-            try:
+            with self._named():
                 data = await self.stream.receive_some(self._decoder.wanted)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise self._broken(error) from None
             if not data:
                 where = " in the middle of a message" if self._decoder.pending else ""
                 raise LinkError(f"{self.address}: connection closed{where}")
@@ -75,19 +69,29 @@ class MessageStream:
         """Sends a message and waits until the peer has hung up: to close over bytes that were not read would take it
         back."""
         await self.send(message)
-        try:
+        with self._named():
             await self.stream.send_eof()
             while await self.stream.receive_some(READ_BYTES):
                 pass
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise self._broken(error) from None
 
-    def _broken(self, error: Exception) -> LinkError:
-        return LinkError(f"{self.address}: {error.__cause__ or error}")
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An end of the connection is told with whose it was."""
+        try:
+            yield
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise LinkError(f"{self.address}: {error.__cause__ or error}") from None
+        except GmemdError as error:
+            raise at(self.address, error) from None
 
     def take_socket(self) -> trio.socket.SocketType:
         """The socket, for frames from now on."""
         return self.stream.socket
+
+    @property
+    def tls(self) -> Tls | None:
+        """The session on it."""
+        return self.stream.session if isinstance(self.stream, TlsStream) else None
 
 
 class ControlLane:
@@ -122,8 +126,8 @@ class ControlLane:
         self.messages.heard = time.monotonic()
 
 
-async def connect(host: str, port: int, timeout: float) -> MessageStream:
-    """Connects to a destination."""
+async def connect(host: str, port: int, timeout: float, secured: Secured | None = None) -> MessageStream:
+    """Connects to a destination, and shakes hands with it if that is asked for."""
     address = f"{host}:{port}"
     try:
         with trio.fail_after(timeout):
@@ -134,7 +138,16 @@ async def connect(host: str, port: int, timeout: float) -> MessageStream:
         # Of several addresses, each had a reason of its own.
         why = error.__cause__.exceptions[0] if isinstance(error.__cause__, ExceptionGroup) else error
         raise LinkError(f"{address}: cannot connect: {why}") from None
-    return MessageStream(stream, Role.DESTINATION, address)
+    if secured is None:
+        return MessageStream(stream, Role.DESTINATION, address)
+    try:
+        return MessageStream(await secured.shake_hands(stream, timeout), Role.DESTINATION, address)
+    except GmemdError as error:
+        await trio.aclose_forcefully(stream)
+        raise at(address, error) from None
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
 
 
 def expect(message: wire.Message, kind: type[M], peer: Role) -> M:

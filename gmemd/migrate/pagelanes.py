@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from gmemd.errors import LinkError
+from gmemd.errors import LinkError, UntrustedError
 from gmemd.migrate import wire
-from gmemd.migrate.link import READ_BYTES, LinkSettings, MessageStream, connect, expect
+from gmemd.migrate.link import LinkSettings, MessageStream, connect, expect
 from gmemd.migrate.state import Role
 from gmemd.migrate.tasks import open_tasks
 from gmemd.native.source import Push, PushState, Server, Source
@@ -72,7 +72,8 @@ class PageLanes:
         pause = 0.0
         while True:
             try:
-                messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout)
+                timeout = self.settings.handshake_timeout
+                messages = await connect(self.to.host, self.to.port, timeout, self.to.secured)
                 async with messages.stream:
                     await self._join(lane, messages)
                     joined = time.monotonic()
@@ -81,7 +82,7 @@ class PageLanes:
                     finally:
                         if time.monotonic() - joined > STEADY_SECONDS:
                             pause = 0.0
-            except LinkError as error:
+            except (LinkError, UntrustedError) as error:  # of the latter, the control lane tells
                 log.info("lane %d: %s", lane, error)
             await trio.sleep(pause * random.uniform(1 - JITTER, 1))
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
@@ -107,6 +108,7 @@ class PageLanes:
             checksum=self.welcome.checksum,
             poll_us=self.settings.poll_us,
             ahead=self.settings.ahead,
+            tls=messages.tls,
         )
         self._server = server
         try:
@@ -121,10 +123,10 @@ class PageLanes:
     async def _push_on(self, lane: int, messages: MessageStream) -> None:
         """Sends this lane's part of every push, until the lane ends."""
         socket = messages.take_socket()
-        push = Push(self.source, lane, socket.fileno(), checksum=self.welcome.checksum)
+        push = Push(self.source, lane, socket.fileno(), checksum=self.welcome.checksum, tls=messages.tls)
         try:
             async with open_tasks() as tasks:
-                tasks.start(self._hear, lane, socket)
+                tasks.start(self._hear, push, lane, socket)
                 while True:
                     await self._send_part(push, lane, socket)
                     with trio.move_on_after(self.settings.heartbeat):
@@ -161,16 +163,13 @@ class PageLanes:
             while self._pushed[lane] == self._round:
                 await self._turn.wait()
 
-    async def _hear(self, lane: int, socket: trio.socket.SocketType) -> None:
+    async def _hear(self, push: Push, lane: int, socket: trio.socket.SocketType) -> None:
         """The destination says nothing on a background lane but that it is alive."""
         while True:
             with trio.move_on_after(self.settings.dead_after) as scope:
-                try:
-                    data = await socket.recv(READ_BYTES)
-                except OSError as error:
-                    raise LinkError(f"background lane {lane}: {error}") from None
-                if not data:
-                    raise LinkError(f"background lane {lane}: closed by the destination")
+                while not push.hear():
+                    await trio.lowlevel.wait_readable(socket)
+                await trio.lowlevel.checkpoint()
             if scope.cancelled_caught:
                 raise LinkError(f"background lane {lane}: silent for {self.settings.dead_after:.1f} s")
 

@@ -5,7 +5,6 @@ missing at the end, and sent again. Another session takes over from the received
 """
 
 import logging
-import os
 import secrets
 import time
 from contextlib import suppress
@@ -15,7 +14,7 @@ import trio
 
 from gmemd.errors import GmemdError, LinkError, ProtocolError, RefusedError
 from gmemd.migrate import runs, wire
-from gmemd.migrate.link import LANE_BEAT, ControlLane, MessageStream
+from gmemd.migrate.link import ControlLane, MessageStream
 from gmemd.migrate.state import Phase
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd.native.destination import Lane
@@ -111,7 +110,8 @@ class Session:
             raise RefusedError(f"lane {hello.lane}: epoch {hello.epoch} is over: sent by the source")
         # Nobody waits between the look at `lanes` and this: two lanes of one number would share a slot.
         fd = messages.take_socket().fileno()
-        lane = PageLane(Lane(self.migration.destination, hello.lane, fd, checksum=self.checksum), messages)
+        native = Lane(self.migration.destination, hello.lane, fd, checksum=self.checksum, tls=messages.tls)
+        lane = PageLane(native, messages)
         self.lanes[hello.lane] = lane
         self._tasks.start(self._run_lane, hello.lane, lane)
 
@@ -215,7 +215,7 @@ class Session:
             self.migration.pager.beat(self.migration.destination)
             for number, lane in list(self.lanes.items()):
                 if number != URGENT and lane.welcome:
-                    _send_beat(lane)
+                    lane.lane.beat()
                 if lane.silent_for > settings.dead_after and not lane.scope.cancel_called:
                     self._lane_failed(number, LinkError(f"silent for {lane.silent_for:.1f} s"))
                     lane.scope.cancel()
@@ -246,12 +246,12 @@ class Session:
     async def _receive(self, lane: PageLane) -> None:
         fd = lane.messages.take_socket().fileno()
         while True:
-            lane.empty = True
-            await trio.lowlevel.wait_readable(fd)
             lane.empty = False
             while await trio.to_thread.run_sync(lane.lane.receive, STEP_US, limiter=self.migration.lane_threads):
                 if lane.lane.held:
                     await trio.sleep(SPACE_SECONDS)
+            lane.empty = True
+            await trio.lowlevel.wait_readable(fd)
 
     def _lane_failed(self, number: int, error: GmemdError) -> None:
         """A lane's end is the link's business; wrong bytes are worse, and end the session."""
@@ -259,8 +259,3 @@ class Session:
         if isinstance(error, ProtocolError) and self._tasks:
             self._tasks.stop(error)
 
-
-def _send_beat(lane: PageLane) -> None:
-    """A beat that does not fit now is not needed: much is on its way."""
-    with suppress(OSError):
-        os.write(lane.messages.take_socket().fileno(), LANE_BEAT)

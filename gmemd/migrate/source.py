@@ -9,12 +9,13 @@ from typing import Protocol
 
 import trio
 
-from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError, UntrustedError
 from gmemd.migrate import runs, wire
 from gmemd.migrate.link import ControlLane, LinkSettings, connect, expect
 from gmemd.migrate.pagelanes import PageLanes
 from gmemd.migrate.state import Phase, Role
 from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.migrate.tls import Secured
 from gmemd.native.memory import Memory
 from gmemd.native.source import Source
 
@@ -39,13 +40,15 @@ class Guest(Protocol):
 @dataclass(frozen=True, slots=True)
 class Destination:
     """Where to send: an address, the migration's name there, over how many background lanes, and whether to send more
-    than is asked for: without, the migration ends only when the guest has touched everything."""
+    than is asked for: without, the migration ends only when the guest has touched everything. `secured`: as whom and
+    to whom, with TLS."""
 
     host: str
     port: int
     migration: str
     lanes: int = 1
     background: bool = True
+    secured: Secured | None = None
 
 
 @dataclass(slots=True)
@@ -96,7 +99,10 @@ class OutgoingMigration:
             try:
                 await self._session()
                 return
-            except LinkError as error:
+            except (LinkError, UntrustedError) as error:
+                # Once the guest has left, somebody has to mend the certificates, and we have to be here then.
+                if isinstance(error, UntrustedError) and not self.switched:
+                    raise
                 if self.progress.phase not in ("connecting", "reconnecting"):
                     lost, pause = time.monotonic(), 0.0
                 if self._welcomed:  # a connection that only waited for the VMM there is no loss
@@ -117,12 +123,12 @@ class OutgoingMigration:
 
     def _note(self, error: GmemdError) -> None:
         if self.progress.trouble != str(error):
-            log.info("%s", error)
+            log.log(logging.WARNING if isinstance(error, UntrustedError) else logging.INFO, "%s", error)
         self.progress.trouble = str(error)
 
     async def _session(self) -> None:
         """One session, until the destination has everything; LinkError when it is worth another."""
-        messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout)
+        messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout, self.to.secured)
         async with messages.stream:
             control = ControlLane(messages, Role.SOURCE)
             welcome = await self._greet(control)
@@ -152,7 +158,7 @@ class OutgoingMigration:
     async def _greet(self, control: ControlLane) -> wire.Welcome | None:
         """The destination's welcome; None if it has everything already."""
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
-        checksum = self.settings.checksum
+        checksum = self.settings.checksum and control.messages.tls is None  # TLS tells of every wrong bit, too
         hello = wire.Hello(self.to.migration, self.epoch, self.token, self.to.lanes, checksum, regions)
         await control.send(hello)
         while True:

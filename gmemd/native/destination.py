@@ -7,6 +7,7 @@ from gmemd.errors import GmemdError
 from gmemd.native._errors import check, checked, exception, problem
 from gmemd.native._native import ffi, lib
 from gmemd.native.memory import Memory
+from gmemd.native.tls import Tls, native_of
 
 TRACE_RECORDS = 1 << 14  # faults between two looks of the event loop: 400 KiB, half a second at 30 000 a second
 BOUNDS_NS = [lib.gm_histogram_bound(i) for i in range(lib.GM_BUCKETS)]  # lower bounds of a histogram's buckets
@@ -153,17 +154,24 @@ def _histogram(native: Any) -> Histogram:
 
 class Lane:
     """The receiving end of a page lane. Lane 0 is the urgent one; `socket` is a non-blocking descriptor, the
-    caller's."""
+    caller's, with the session `tls` on it."""
 
-    def __init__(self, destination: Destination, lane: int, socket: int, *, checksum: bool) -> None:
+    def __init__(
+        self, destination: Destination, lane: int, socket: int, *, checksum: bool, tls: Tls | None = None
+    ) -> None:
         self.destination = destination
+        self._tls = tls
         self.native: Any = ffi.gc(
-            checked(lib.gm_lane_new, destination.native, lane, socket, checksum), lib.gm_lane_free
+            checked(lib.gm_lane_new, destination.native, lane, socket, native_of(tls), checksum), lib.gm_lane_free
         )
 
     def receive(self, budget_us: int) -> bool:
         """Installs what comes. Returns True when the budget is used up, False when the socket is empty."""
         return check(lib.gm_lane_receive, self.native, budget_us) == lib.GM_LANE_BUSY
+
+    def beat(self) -> None:
+        """Tells the source on a background lane that we are alive."""
+        lib.gm_lane_beat(self.native)
 
     @property
     def held(self) -> bool:

@@ -30,20 +30,21 @@ static size_t buffer_size(const struct gm_memory *m)
     return 2 * (size_t)(GM_HEADER_BYTES + largest);
 }
 
-struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned index, int socket, int checksum,
+struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned index, int socket, struct gm_tls *tls, int checksum,
                             struct gm_problem *ret)
 {
     struct gm_lane *lane = calloc(1, sizeof *lane);
 
     if (lane) {
-        gm_stream_init(&lane->stream, index, socket, "source");
+        gm_stream_init(&lane->stream, index, socket, tls, "source");
         lane->destination = d;
         lane->index = index;
         lane->checksum = checksum;
         lane->capacity = buffer_size(d->memory);
         lane->buffer = malloc(lane->capacity);
         for (unsigned i = 0; i < d->memory->count; i++)
-            lane->direct |= d->memory->region[i].populate == GM_POPULATE_RECV;
+            /* Who deciphers has the content in memory of its own, and puts it in place as any other. */
+            lane->direct |= !tls && d->memory->region[i].populate == GM_POPULATE_RECV;
     }
     if (!lane || !lane->buffer) {
         gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", index);
@@ -227,4 +228,14 @@ int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem 
         }
     }
     return GM_LANE_BUSY;
+}
+
+void gm_lane_beat(struct gm_lane *lane)
+{
+    unsigned char header[GM_HEADER_BYTES];
+    struct gm_frame frame = {.kind = GM_KIND_BEAT};
+    struct iovec all = {header, sizeof header};
+
+    gm_frame_encode(&frame, header);
+    gm_stream_write(&lane->stream, &all, 1);
 }

@@ -5,6 +5,7 @@
 #include "destination.h"
 #include "frame.h"
 #include "problem.h"
+#include "tls.h"
 #include "stream.h"
 
 #include <stdbool.h>
@@ -18,14 +19,16 @@ enum gm_lane_state {
 
 struct gm_lane;
 
-/* `socket` stays the caller's, and is non-blocking. Lane 0 is the urgent one. */
-struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned lane, int socket, int checksum,
+/* `socket` stays the caller's, and is non-blocking, and so does `tls`, the session on it, or NULL. Lane 0 is the urgent one. */
+struct gm_lane *gm_lane_new(struct gm_destination *d, unsigned lane, int socket, struct gm_tls *tls, int checksum,
                             struct gm_problem *ret);
 void gm_lane_free(struct gm_lane *lane);
 /* Installs what comes until nothing more is there or `budget_us` is over: a gm_lane_state, or -1 when the lane ended. */
 int gm_lane_receive(struct gm_lane *lane, uint32_t budget_us, struct gm_problem *ret);
 /* Whether the last gm_lane_receive() ended at a frame that the host has no room for: the next one tries it again. */
 int gm_lane_held(const struct gm_lane *lane);
+/* Sends a beat, unless there is no room: much is on its way then. For a background lane. */
+void gm_lane_beat(struct gm_lane *lane);
 /* When something last came, CLOCK_MONOTONIC. */
 uint64_t gm_lane_heard_ns(const struct gm_lane *lane);
 /* end python */

@@ -242,6 +242,7 @@ int gm_pager_urgent(struct gm_pager *p, struct gm_destination *d, struct gm_lane
         port->urgent = NULL;
         return gm_blame(ret, GM_KERNEL, errno, "urgent lane cannot be watched");
     }
+    port->busy = true; /* who shook hands on it may have read ahead */
     gm_faults_ask_all(port);
     gm_faults_ask_damaged(port);
     send_requests(p, port);

@@ -11,11 +11,14 @@
 /* A full socket of a destination that keeps up has room again before this; then the event loop need not be asked. */
 enum { LINGER_MS = 10 };
 
+enum { BEATS = 64 }; /* heard at once */
+
 struct gm_push {
     struct gm_sender sender;
 };
 
-struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, int checksum, struct gm_problem *ret)
+struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, struct gm_tls *tls, int checksum,
+                            struct gm_problem *ret)
 {
     struct gm_push *p = malloc(sizeof *p);
 
@@ -23,7 +26,7 @@ struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, int 
         gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
         return NULL;
     }
-    if (gm_sender_init(&p->sender, s, lane, socket, checksum, ret) < 0) {
+    if (gm_sender_init(&p->sender, s, lane, socket, tls, checksum, ret) < 0) {
         free(p);
         return NULL;
     }
@@ -96,4 +99,13 @@ int gm_push_beat(struct gm_push *p, struct gm_problem *ret)
     gm_sender_beat(&p->sender);
     left = gm_sender_flush(&p->sender, ret);
     return left < 0 ? -1 : left ? GM_PUSH_FULL : GM_PUSH_DONE;
+}
+
+int gm_push_hear(struct gm_push *p, struct gm_problem *ret)
+{
+    struct gm_stream *stream = &p->sender.stream;
+    unsigned char beats[BEATS * GM_HEADER_BYTES];
+    ssize_t got = gm_stream_read(stream, beats, sizeof beats);
+
+    return got < 0 ? gm_stream_ended(stream, got, "", ret) : got > 0;
 }

@@ -4,6 +4,7 @@
 
 #include "problem.h"
 #include "source.h"
+#include "tls.h"
 
 #include <stdint.h>
 
@@ -17,13 +18,17 @@ enum gm_push_state {
 
 struct gm_push;
 
-/* `socket` stays the caller's, and is non-blocking. `lane` is 1 or more. */
-struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, int checksum, struct gm_problem *ret);
+/* `socket` stays the caller's, and is non-blocking, and so does `tls`, the session on it, or NULL. `lane` is 1 or more. */
+struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, struct gm_tls *tls, int checksum,
+                            struct gm_problem *ret);
 void gm_push_free(struct gm_push *p);
 /* A gm_push_state, or -1 when the lane ended or a page cannot be read. */
 int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret);
 /* The same, with a beat first: for a lane that has nothing to say. */
 int gm_push_beat(struct gm_push *p, struct gm_problem *ret);
+/* Takes what the destination says on it, which is that it is alive: 1 if it said something, 0 if not, -1 when the lane ended. Another
+ * thread may be in gm_push_run() meanwhile. */
+int gm_push_hear(struct gm_push *p, struct gm_problem *ret);
 /* end python */
 
 #endif

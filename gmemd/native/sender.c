@@ -24,11 +24,11 @@ static size_t largest_frame(const struct gm_memory *m)
     return largest;
 }
 
-int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, int checksum,
-                   struct gm_problem *ret)
+int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, struct gm_tls *tls,
+                   int checksum, struct gm_problem *ret)
 {
     *s = (struct gm_sender){.source = source, .checksum = checksum};
-    gm_stream_init(&s->stream, lane, socket, "destination");
+    gm_stream_init(&s->stream, lane, socket, tls, "destination");
     s->capacity = largest_frame(source->memory) + GATHER_BYTES;
     s->data = malloc(s->capacity);
     if (!s->data)

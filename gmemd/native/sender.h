@@ -21,8 +21,8 @@ struct gm_sender {
     struct iovec vector[4 * GM_FRAME_PAGES];
 };
 
-int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, int checksum,
-                   struct gm_problem *ret);
+int gm_sender_init(struct gm_sender *s, struct gm_source *source, unsigned lane, int socket, struct gm_tls *tls,
+                   int checksum, struct gm_problem *ret);
 void gm_sender_deinit(struct gm_sender *s);
 
 /* Whether `count` more pages of the region fit before a flush. */

@@ -26,8 +26,8 @@ struct gm_server {
     unsigned char in[REQUESTS * GM_HEADER_BYTES];
 };
 
-struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, uint32_t poll_us, uint32_t ahead,
-                                struct gm_problem *ret)
+struct gm_server *gm_server_new(struct gm_source *s, int socket, struct gm_tls *tls, int checksum, uint32_t poll_us,
+                                uint32_t ahead, struct gm_problem *ret)
 {
     struct gm_server *server = calloc(1, sizeof *server);
     struct epoll_event in = {.events = EPOLLIN, .data.fd = socket}, kicked = {.events = EPOLLIN, .data.fd = -1};
@@ -47,7 +47,7 @@ struct gm_server *gm_server_new(struct gm_source *s, int socket, int checksum, u
         gm_server_free(server);
         return NULL;
     }
-    if (gm_sender_init(&server->sender, s, 0, socket, checksum, ret) < 0) {
+    if (gm_sender_init(&server->sender, s, 0, socket, tls, checksum, ret) < 0) {
         gm_server_free(server);
         return NULL;
     }

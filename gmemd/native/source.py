@@ -7,6 +7,7 @@ from typing import Any
 from gmemd.native._errors import check, checked
 from gmemd.native._native import ffi, lib
 from gmemd.native.memory import RUNS_AT_ONCE, Memory, Region
+from gmemd.native.tls import Tls, native_of
 
 
 class Order:
@@ -93,11 +94,15 @@ class PushState(Enum):
 
 
 class Push:
-    """A background lane. `lane` is 1 or more; `socket` is a non-blocking descriptor, the caller's."""
+    """A background lane. `lane` is 1 or more; `socket` is a non-blocking descriptor, the caller's, with the session
+    `tls` on it."""
 
-    def __init__(self, source: Source, lane: int, socket: int, *, checksum: bool) -> None:
+    def __init__(self, source: Source, lane: int, socket: int, *, checksum: bool, tls: Tls | None = None) -> None:
         self.source = source
-        self.native: Any = ffi.gc(checked(lib.gm_push_new, source.native, lane, socket, checksum), lib.gm_push_free)
+        self._tls = tls
+        self.native: Any = ffi.gc(
+            checked(lib.gm_push_new, source.native, lane, socket, native_of(tls), checksum), lib.gm_push_free
+        )
 
     def run(self, budget_us: int) -> PushState:
         """Sends what nobody has asked for yet."""
@@ -107,17 +112,32 @@ class Push:
         """Sends a sign of life, for a lane that has nothing else to say."""
         return PushState(check(lib.gm_push_beat, self.native))
 
+    def hear(self) -> bool:
+        """Takes what the destination says here, which is that it is alive; returns whether it said anything."""
+        return check(lib.gm_push_hear, self.native) > 0
+
     def close(self) -> None:
         ffi.release(self.native)
 
 
 class Server:
-    """The urgent lane: answers requests. `socket` is a non-blocking descriptor, the caller's."""
+    """The urgent lane: answers requests. `socket` is a non-blocking descriptor, the caller's, with the session `tls`
+    on it."""
 
-    def __init__(self, source: Source, socket: int, *, checksum: bool, poll_us: int, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        socket: int,
+        *,
+        checksum: bool,
+        poll_us: int,
+        ahead: int = 0,
+        tls: Tls | None = None,
+    ) -> None:
         self.source = source
+        self._tls = tls
         self.native: Any = ffi.gc(
-            checked(lib.gm_server_new, source.native, socket, checksum, poll_us, ahead), lib.gm_server_free
+            checked(lib.gm_server_new, source.native, socket, native_of(tls), checksum, poll_us, ahead), lib.gm_server_free
         )
 
     def run(self) -> None:

@@ -6,6 +6,7 @@
 #define GM_STREAM_H
 
 #include "problem.h"
+#include "tls.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -14,19 +15,20 @@
 
 struct gm_stream {
     int socket;
+    struct gm_tls *tls;        /* or NULL: plain text */
     char name[32];             /* of the lane */
     const char *peer;          /* who is at the other end */
     _Atomic uint64_t heard_ns; /* when something last came, CLOCK_MONOTONIC */
 };
 
-/* `socket` stays the caller's, and is non-blocking. Lane 0 is the urgent one. */
-void gm_stream_init(struct gm_stream *s, unsigned lane, int socket, const char *peer);
+/* `socket` stays the caller's, and is non-blocking; so does `tls`, the session on it, if there is one. Lane 0 is the urgent one. */
+void gm_stream_init(struct gm_stream *s, unsigned lane, int socket, struct gm_tls *tls, const char *peer);
 
 /* Returns how many bytes came: 0 if none are there, -EPIPE if the peer has closed, or another -errno. Call it until it returns 0, since
  * only then does the socket tell when there is more. */
 ssize_t gm_stream_read(struct gm_stream *s, void *to, size_t most);
 
-/* Returns how many bytes were taken: 0 if there is no room, or -errno. */
+/* Returns how many bytes were taken: 0 if there is no room, and then the same must come first the next time; or -errno. */
 ssize_t gm_stream_write(struct gm_stream *s, const struct iovec *pieces, size_t count);
 
 /* Says how it ended, as gm_blame() does. `where` is empty, or where in the talk that was. */

@@ -23,7 +23,8 @@ struct gm_tls {
     SSL *ssl;
     int socket;
     struct gm_tls_peer peer;
-    bool failed; /* nothing more can be said on it */
+    bool failed; /* nothing more can be said on it, because of `problem` */
+    struct gm_problem problem;
     uint64_t records, most_records;
     unsigned char gathered[RECORD];
 };
@@ -60,6 +61,13 @@ void gm_tls_free(struct gm_tls *t)
     OPENSSL_clear_free(t, sizeof *t);
 }
 
+static int fail(struct gm_tls *t, const struct gm_problem *problem)
+{
+    t->failed = true;
+    t->problem = *problem;
+    return GM_TLS_PROBLEM;
+}
+
 /* What the result of an operation means: a gm_tls_state, DONE for the end of what the peer says. */
 static int state_of(struct gm_tls *t, int result, const char *doing, struct gm_problem *ret)
 {
@@ -71,13 +79,11 @@ static int state_of(struct gm_tls *t, int result, const char *doing, struct gm_p
         return GM_TLS_WANTS_WRITE;
     if (error == SSL_ERROR_ZERO_RETURN)
         return GM_TLS_DONE;
-    t->failed = true;
-    if (error == SSL_ERROR_SYSCALL && !ERR_peek_error()) {
+    if (error == SSL_ERROR_SYSCALL && !ERR_peek_error())
         gm_blame(ret, GM_LINK, saved, "TLS: %s", doing);
-        return GM_TLS_PROBLEM;
-    }
-    gm_tls_blame(ret, doing, t->peer.refused, t->peer.certificate);
-    return GM_TLS_PROBLEM;
+    else
+        gm_tls_blame(ret, doing, t->peer.refused, t->peer.certificate);
+    return fail(t, ret);
 }
 
 /* OpenSSL has verified already; this holds even if some option of it let somebody through. */
@@ -99,13 +105,16 @@ int gm_tls_shake_hands(struct gm_tls *t, struct gm_problem *ret)
     if (result != 1) {
         int state = state_of(t, result, "during the hand-shake", ret);
 
-        return state == GM_TLS_DONE ? gm_blame(ret, GM_LINK, 0, "TLS: closed during the hand-shake") : state;
+        if (state != GM_TLS_DONE)
+            return state;
+        gm_blame(ret, GM_LINK, 0, "TLS: closed during the hand-shake");
+        return fail(t, ret);
     }
     if (!SSL_session_reused(t->ssl))
         t->peer.shared = NULL;
     if (!trusted(t)) {
-        t->failed = true;
-        return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: it has not shown who it is");
+        gm_blame(ret, GM_UNTRUSTED, 0, "TLS: it has not shown who it is");
+        return fail(t, ret);
     }
     return GM_TLS_DONE;
 }
@@ -135,7 +144,7 @@ static bool in_kernel(const struct gm_tls *t)
     return BIO_get_ktls_send(SSL_get_wbio(t->ssl));
 }
 
-static int64_t write_through_kernel(struct gm_tls *t, const struct iovec *v, unsigned count, struct gm_problem *ret)
+static int64_t write_through_kernel(struct gm_tls *t, const struct iovec *v, size_t count, struct gm_problem *ret)
 {
     struct msghdr message = {.msg_iov = (struct iovec *)(size_t)v, .msg_iovlen = count};
     ssize_t put = sendmsg(t->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -146,18 +155,19 @@ static int64_t write_through_kernel(struct gm_tls *t, const struct iovec *v, uns
     }
     if (errno == EAGAIN || errno == EINTR)
         return GM_TLS_WANTS_WRITE;
-    return gm_blame(ret, GM_LINK, errno, "TLS: writing");
+    gm_blame(ret, GM_LINK, errno, "TLS: writing");
+    return fail(t, ret);
 }
 
 /* One record from as many places as it takes; what is in one place is taken from there. */
-static const void *gather(struct gm_tls *t, const struct iovec *v, unsigned count, size_t *length)
+static const void *gather(struct gm_tls *t, const struct iovec *v, size_t count, size_t *length)
 {
     *length = 0;
     if (count == 1 || v->iov_len >= RECORD) {
         *length = v->iov_len < RECORD ? v->iov_len : RECORD;
         return v->iov_base;
     }
-    for (unsigned i = 0; i < count && *length < RECORD; i++) {
+    for (size_t i = 0; i < count && *length < RECORD; i++) {
         size_t here = v[i].iov_len < RECORD - *length ? v[i].iov_len : RECORD - *length;
 
         memcpy(t->gathered + *length, v[i].iov_base, here);
@@ -166,15 +176,17 @@ static const void *gather(struct gm_tls *t, const struct iovec *v, unsigned coun
     return t->gathered;
 }
 
-int64_t gm_tls_write_vector(struct gm_tls *t, const struct iovec *v, unsigned count, struct gm_problem *ret)
+int64_t gm_tls_write_vector(struct gm_tls *t, const struct iovec *v, size_t count, struct gm_problem *ret)
 {
     GM_LOCKED(&t->lock);
     size_t length, put = 0;
     const void *from;
     int result;
 
-    if (t->records >= t->most_records)
-        return gm_blame(ret, GM_LINK, 0, "TLS: as much was sent as one key is good for");
+    if (t->records >= t->most_records) {
+        gm_blame(ret, GM_LINK, 0, "TLS: as much was sent as one key is good for");
+        return fail(t, ret);
+    }
     if (in_kernel(t))
         return write_through_kernel(t, v, count, ret);
     from = gather(t, v, count, &length);
@@ -186,7 +198,10 @@ int64_t gm_tls_write_vector(struct gm_tls *t, const struct iovec *v, unsigned co
         return (int64_t)put;
     }
     result = state_of(t, result, "writing", ret);
-    return result == GM_TLS_DONE ? gm_blame(ret, GM_LINK, EPIPE, "TLS: writing") : result;
+    if (result != GM_TLS_DONE)
+        return result;
+    gm_blame(ret, GM_LINK, EPIPE, "TLS: writing");
+    return fail(t, ret);
 }
 
 int64_t gm_tls_write(struct gm_tls *t, const unsigned char *from, size_t length, struct gm_problem *ret)
@@ -194,6 +209,13 @@ int64_t gm_tls_write(struct gm_tls *t, const unsigned char *from, size_t length,
     struct iovec v = {(void *)(size_t)from, length};
 
     return length ? gm_tls_write_vector(t, &v, 1, ret) : 0;
+}
+
+void gm_tls_problem(struct gm_tls *t, struct gm_problem *ret)
+{
+    GM_LOCKED(&t->lock);
+
+    *ret = t->problem;
 }
 
 void gm_tls_close(struct gm_tls *t)

@@ -68,6 +68,9 @@ void gm_tls_set_most_records(struct gm_tls *t, uint64_t records);
 /* end python */
 
 /* As gm_tls_write(), from several places. */
-int64_t gm_tls_write_vector(struct gm_tls *t, const struct iovec *v, unsigned count, struct gm_problem *ret);
+int64_t gm_tls_write_vector(struct gm_tls *t, const struct iovec *v, size_t count, struct gm_problem *ret);
+
+/* The latest problem. */
+void gm_tls_problem(struct gm_tls *t, struct gm_problem *ret);
 
 #endif

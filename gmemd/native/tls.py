@@ -106,3 +106,8 @@ def _wants(state: int, found: Any) -> Wants:
     if state == lib.GM_TLS_PROBLEM:
         raise exception(found)
     return Wants(state)
+
+
+def native_of(tls: Tls | None) -> Any:
+    """What a lane takes."""
+    return tls.native if tls else ffi.NULL
