@@ -1,5 +1,6 @@
 """Who plays in a demo: a daemon, a VMM on each side, a sender between them; and what can be done to them."""
 
+import os
 from dataclasses import dataclass, field
 
 import trio
@@ -12,6 +13,7 @@ from gmemd_tools.network.link import Link
 READY_SECONDS = 60.0  # Python starts in 5 s in an emulated machine, on a host that does nothing else
 # Longer than it takes both ends to find a stalled link dead.
 STALL_SECONDS = 2.0
+LOOK_SECONDS = 0.01
 
 
 @dataclass
@@ -54,6 +56,19 @@ class Cast:
     async def start_sender(self) -> None:
         port = self.link.port if self.link else self.plan.port
         self.sender = await self.stage.python("sender", "gmemd.source_cli", *self.plan.sender(port))
+
+    async def keep_sending(self) -> None:
+        """Starts the sender again when a line that spoils bytes made it hear what it refused, as a service manager
+        would."""
+        while True:
+            sender = self.sender
+            code = await sender.process.wait()
+            if code == os.EX_PROTOCOL:
+                await self.start_sender()
+            elif code == os.EX_OK:
+                return
+            while self.sender is sender:  # somebody else is at it
+                await trio.sleep(LOOK_SECONDS)
 
     async def cut(self) -> None:
         assert self.link

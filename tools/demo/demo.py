@@ -86,6 +86,7 @@ async def _run(plan: Plan, injections: list[Injection], conditions: Conditions, 
                 link = demo.cast.link = Link(plan.port, conditions)
                 await tasks.serve(link.run)
                 Troubles(conditions, link, demo.others()).start(tasks)
+                demo.spoilt = conditions.spoils
             summary = await demo.run(injections)
         tasks.stop()
     return summary
@@ -97,6 +98,7 @@ class Demo:
 
     cast: Cast
     show: view.Live
+    spoilt: bool = False  # the network says what nobody said
     events: dict[str, Event] = field(default_factory=dict)
 
     async def run(self, injections: list[Injection]) -> Event:
@@ -122,6 +124,8 @@ class Demo:
         async with open_tasks() as tasks:
             if not self.show.quiet:
                 tasks.start(self._show)
+            if self.spoilt:
+                tasks.start(self.cast.keep_sending)
             tasks.start(inject, injections, self._arrived, self._actions())
             for process, names in ((destination, ("ready", "first-instruction")), (self.cast.source, ("paused",))):
                 for name in names:
