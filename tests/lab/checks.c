@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 
 static const struct {
     const char *name;
@@ -27,6 +28,7 @@ static const struct {
     CHECK(no_direct_map_begins_anew_after_a_punch),
     CHECK(userfault_wants_a_bitmap),
     CHECK(userfault_stops_a_vcpu),
+    CHECK(prefault_maps_ahead),
 };
 
 int the_vm(void)
@@ -53,6 +55,31 @@ int guest_memfd(size_t size, uint64_t more_flags)
     if (file < 0)
         END(EXIT_SKIP, "guest_memfd with flags %#jx: %s", (uintmax_t)flags, strerror(errno));
     return file;
+}
+
+int make_vcpu(struct kvm_run **run)
+{
+    struct kvm_sregs special;
+    void *shared;
+    int vcpu;
+
+    DO(vcpu = ioctl(the_vm(), KVM_CREATE_VCPU, 0));
+    shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+    EXPECT(shared != MAP_FAILED);
+    DO(ioctl(vcpu, KVM_GET_SREGS, &special));
+    special.cs.base = 0;
+    special.cs.selector = 0;
+    DO(ioctl(vcpu, KVM_SET_SREGS, &special));
+    *run = shared;
+    return vcpu;
+}
+
+double now(void)
+{
+    struct timespec t;
+
+    DO(clock_gettime(CLOCK_MONOTONIC, &t));
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
 void *map_shared(int file, size_t size)

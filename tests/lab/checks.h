@@ -47,7 +47,11 @@
 /* A file that can be mapped, of a VM that lives as long as the process. */
 int guest_memfd(size_t size, uint64_t more_flags);
 int the_vm(void);
+/* In real mode, its code segment at 0. */
+int make_vcpu(struct kvm_run **run);
 void *map_shared(int file, size_t size);
+/* Seconds of a clock that only goes on. */
+double now(void);
 /* Writes `count` pages, each full of its number plus `seed`. */
 void write_pages(int file, uint64_t first, uint64_t count, unsigned char seed);
 
@@ -71,5 +75,7 @@ void check_no_direct_map_begins_anew_after_a_punch(void);
 
 void check_userfault_wants_a_bitmap(void);
 void check_userfault_stops_a_vcpu(void);
+
+void check_prefault_maps_ahead(void);
 
 #endif

@@ -43,38 +43,23 @@ void check_userfault_wants_a_bitmap(void)
     set_userfault_slot(file, mapping, bitmap);
 }
 
-static int make_vcpu(struct kvm_run **run)
-{
-    int vcpu;
-    struct kvm_sregs special;
-    struct kvm_regs regs = {.rip = CODE_PAGE * PAGE, .rflags = 2};
-    void *shared;
-
-    DO(vcpu = ioctl(the_vm(), KVM_CREATE_VCPU, 0));
-    shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
-    EXPECT(shared != MAP_FAILED);
-    DO(ioctl(vcpu, KVM_GET_SREGS, &special));
-    special.cs.base = 0;
-    special.cs.selector = 0;
-    special.ds.base = DATA_PAGE * PAGE;
-    special.ds.selector = (uint16_t)(DATA_PAGE * PAGE >> 4);
-    DO(ioctl(vcpu, KVM_SET_SREGS, &special));
-    DO(ioctl(vcpu, KVM_SET_REGS, &regs));
-    *run = shared;
-    return vcpu;
-}
-
 void check_userfault_stops_a_vcpu(void)
 {
     uint64_t bitmap = ~(UINT64_C(1) << CODE_PAGE);
     int file = guest_memfd(PAGES * PAGE, 0), vcpu;
     unsigned char *memory = map_shared(file, PAGES * PAGE);
     struct gmemd_kvm_memory_fault fault;
-    struct kvm_regs regs;
+    struct kvm_regs start = {.rip = CODE_PAGE * PAGE, .rflags = 2}, regs;
+    struct kvm_sregs special;
     struct kvm_run *run;
 
     set_userfault_slot(file, memory, &bitmap);
     vcpu = make_vcpu(&run);
+    DO(ioctl(vcpu, KVM_GET_SREGS, &special));
+    special.ds.base = DATA_PAGE * PAGE;
+    special.ds.selector = (uint16_t)(DATA_PAGE * PAGE >> 4);
+    DO(ioctl(vcpu, KVM_SET_SREGS, &special));
+    DO(ioctl(vcpu, KVM_SET_REGS, &start));
     memcpy(memory + CODE_PAGE * PAGE, code, sizeof(code));
 
     EXPECT_ERRNO(EFAULT, ioctl(vcpu, KVM_RUN, 0));

@@ -2,7 +2,6 @@
 #include "checks.h"
 
 #include <sys/mman.h>
-#include <time.h>
 
 #define MEASURED ((size_t)64 << 20)
 #define CHUNK ((size_t)1 << 20)
@@ -41,14 +40,6 @@ void check_write_is_what_the_mapping_shows(void)
     EXPECT(seen[2 * PAGE] == 9 && seen[3 * PAGE - 1] == 9);
     write_pages(file, 1, 1, 70);
     EXPECT(seen[PAGE] == 71 && seen[2 * PAGE - 1] == 71);
-}
-
-static double now(void)
-{
-    struct timespec t;
-
-    DO(clock_gettime(CLOCK_MONOTONIC, &t));
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
 static double seconds_by_write(const unsigned char *content)
