@@ -67,7 +67,7 @@ class Cast:
                 await self.start_sender()
             elif code == os.EX_OK:
                 return
-            while self.sender is sender:  # somebody else is at it
+            while self.sender is sender:  # noqa: ASYNC110 (somebody else is at it)
                 await trio.sleep(LOOK_SECONDS)
 
     async def cut(self) -> None:
