@@ -29,7 +29,6 @@ LONGEST_PAUSE = 0.5
 # A lane that has worked for so long comes back at once; one that fails sooner, less and less often.
 STEADY_SECONDS = 1.0
 JITTER = 0.5
-_THREADS = trio.CapacityLimiter(wire.MAX_LANES + 1)
 
 
 class PageLanes:
@@ -41,6 +40,7 @@ class PageLanes:
         self.welcome = welcome
         self.settings = settings
         self._server: Server | None = None
+        self._threads = trio.CapacityLimiter(to.lanes + 1)
         self._turn = trio.Condition()
         self._round = 0  # grows with every push
         self._pushed: dict[int, int] = dict.fromkeys(range(1, to.lanes + 1), 0)  # lane → round that it has ended
@@ -114,7 +114,7 @@ class PageLanes:
         try:
             async with open_tasks() as tasks:
                 tasks.start(_stop_when_cancelled, server)
-                await _in_a_thread(server.run)
+                await self._in_a_thread(server.run)
                 tasks.stop(LinkError("urgent lane: given up"))
         finally:
             self._server = None
@@ -132,7 +132,7 @@ class PageLanes:
                     with trio.move_on_after(self.settings.heartbeat):
                         await self._next_push(lane)
                         continue
-                    await _in_a_thread(push.beat)
+                    await self._in_a_thread(push.beat)
         finally:
             push.close()
 
@@ -140,7 +140,7 @@ class PageLanes:
         turn = self._round
         if self._pushed[lane] == turn:
             return
-        while (state := await _in_a_thread(push.run, STEP_US)) is not PushState.DONE:
+        while (state := await self._in_a_thread(push.run, STEP_US)) is not PushState.DONE:
             if state is PushState.FULL:
                 await trio.lowlevel.wait_writable(socket)
             elif state is PushState.EARLY:
@@ -153,7 +153,7 @@ class PageLanes:
         """Waits as the rate asks, and says meanwhile that we are alive."""
         pause = self.source.pause
         while pause > self.settings.heartbeat:
-            await _in_a_thread(push.beat)
+            await self._in_a_thread(push.beat)
             await trio.sleep(self.settings.heartbeat)
             pause = self.source.pause
         await trio.sleep(pause)
@@ -173,10 +173,9 @@ class PageLanes:
             if scope.cancelled_caught:
                 raise LinkError(f"background lane {lane}: silent for {self.settings.dead_after:.1f} s")
 
-
-async def _in_a_thread(call: Callable[..., T], *args: int) -> T:
-    """A native step, off the event loop. All lanes of a source may be in one at the same time."""
-    return await trio.to_thread.run_sync(call, *args, limiter=_THREADS)
+    async def _in_a_thread(self, call: Callable[..., T], *args: int) -> T:
+        """A native step, off the event loop. All lanes may be in one at the same time."""
+        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
 
 async def _stop_when_cancelled(server: Server) -> None:
