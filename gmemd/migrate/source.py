@@ -26,7 +26,7 @@ FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
 # A daemon that restarts is back within this; so long, the guest should not wait for us to notice.
 RESTART_SECONDS = 10.0
-RESTART_PAUSE = 0.1
+RESTART_PAUSE = 0.03
 JITTER = 0.5
 
 
