@@ -185,6 +185,7 @@ def pattern(key: str) -> str:
 
 SOCKET_PATH = Kind(socket_path)
 DIRECTORY = Kind(directory, lambda path: quote(path or ""))
+FILE = DIRECTORY
 MODE = Kind(mode, lambda bits: quote(f"{bits:04o}"))
 NAMES = Kind(names, lambda who: f"[{', '.join(map(quote, who))}]")
 FLAG = Kind(boolean, lambda value: str(value).lower())
@@ -215,6 +216,8 @@ class Network:
     max_connections: Annotated[int, whole(1, 65536)] = 256
     max_connections_of_peer: Annotated[int, whole(1, 65536)] = 192
     handshake_timeout: Annotated[float, seconds(0.1, 300)] = 10.0
+    tls: Annotated[Literal["auto", "require", "off"], choice("auto", "require", "off")] = "auto"
+    plain_text_on_network: Annotated[bool, FLAG] = False
 
     def __post_init__(self) -> None:
         if self.dead_after < HEARTBEATS_BEFORE_DEAD * self.heartbeat:
@@ -222,6 +225,22 @@ class Network:
                 f"dead_after = {self.dead_after}: must be at least {HEARTBEATS_BEFORE_DEAD} times"
                 f" heartbeat, which is {self.heartbeat}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tls:
+    """Who we are on the network, and which peers may come."""
+
+    certificate: Annotated[Path | None, FILE] = None
+    key: Annotated[Path | None, FILE] = None
+    ca: Annotated[Path | None, FILE] = None
+    psk: Annotated[Path | None, FILE] = None
+    peers: Annotated[tuple[str, ...], NAMES] = ()
+
+    def __post_init__(self) -> None:
+        given = [self.certificate is not None, self.key is not None, self.ca is not None]
+        if any(given) and not all(given):
+            raise ValueError("certificate, key and ca go together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,14 +280,16 @@ class Config:
 
     daemon: Daemon = Daemon()
     network: Network = Network()
+    tls: Tls = Tls()
     paging: Paging = Paging()
     limits: Limits = Limits()
     trace: Trace = Trace()
+    sources: Rules = field(default_factory=dict)
     vmms: Rules = field(default_factory=dict)
 
 
 # Tables whose keys are patterns of migrations' names.
-RULES = ("vmms",)
+RULES = ("sources", "vmms")
 TABLES: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items() if name not in RULES}
 KINDS: dict[str, dict[str, Kind[Any]]] = {
     table: {key: hint.__metadata__[0] for key, hint in get_type_hints(cls, include_extras=True).items()}

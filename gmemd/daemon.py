@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from gmemd import holder, notify, status
+from gmemd import admission, holder, notify, status
 from gmemd.callers import VmmRules
 from gmemd.config import Address, Config
 from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError
@@ -88,6 +88,7 @@ class Daemon:
             self._remember(record)
         kept, stranded = sort_out(self._handed, self.shared.store)
         self.registry.listen = _name(listeners[1][0])
+        self.sources.admission = admission.for_listener(self.config, listeners[1][0].getsockname()[0])
         async with trio.open_nursery() as outer:
             outer.start_soon(self._run_pager)
             try:

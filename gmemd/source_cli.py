@@ -11,9 +11,11 @@ from typing import Any
 import trio
 
 from gmemd import __version__, cli, config, log, order, stages
+from gmemd.credentials import Credentials, Files
 from gmemd.errors import GmemdError, UsageError
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
+from gmemd.migrate.tls import Secured
 from gmemd.migrate.wire import MAX_LANES, valid_id
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
@@ -71,10 +73,56 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="give up after so long without a connection, as long as the guest has not left (default: never)",
     )
+    _add_tls(top)
     top.add_argument("--json", action="store_true", help="one JSON object at the end")
     top.add_argument("--version", action="version", version=f"gmemd-source {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="tell what the connections do")
     return top
+
+
+def _add_tls(top: argparse.ArgumentParser) -> None:
+    tls = top.add_argument_group("TLS", "Needed for a destination that is not on this host (docs/tls.md).")
+    tls.add_argument("--certificate", type=Path, metavar="PEM", help="what we show, with the chain of its issuers")
+    tls.add_argument("--key", type=Path, metavar="PEM", help="the certificate's; nobody else may be able to read it")
+    tls.add_argument("--ca", type=Path, metavar="PEM", help="where the destination's certificate must come from")
+    tls.add_argument("--psk", type=Path, metavar="FILE", help="name:key in hex digits, in place of certificates")
+    tls.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that the destination's certificate may have; may be repeated (the HOST)",
+    )
+    tls.add_argument(
+        "--tls",
+        choices=("auto", "require", "off"),
+        default="auto",
+        help="auto: required, but for a destination on this host when nothing is given to show (auto)",
+    )
+    tls.add_argument(
+        "--plain-text-on-network",
+        action="store_true",
+        help="with --tls off, send the guest's memory over the network as plain text",
+    )
+
+
+def _secured(options: argparse.Namespace, host: str) -> Secured | None:
+    """How to connect: None for plain text."""
+    files = Files(certificate=options.certificate, key=options.key, ca=options.ca, psk=options.psk)
+    mode = options.tls
+    if mode == "auto":
+        mode = "require" if files or not config.is_loopback(host) else "off"
+    elif mode == "off" and not config.is_loopback(host):
+        if not options.plain_text_on_network:
+            raise UsageError(f"--tls off sends guest memory to {host} as plain text: --plain-text-on-network, too?")
+        logging.getLogger(__name__).warning("guest memory goes to %s as plain text, to whoever answers there", host)
+    if mode == "off":
+        return None
+    if not files:
+        raise UsageError(f"{host} is on the network, which needs TLS: --certificate, --key and --ca, or --psk")
+    if files.certificate and files.psk:
+        raise UsageError("--psk is in place of --certificate, --key and --ca")
+    return Secured(Credentials(files, server=False).context, options.peer or [host])
 
 
 def _to(options: argparse.Namespace) -> Destination:
@@ -93,7 +141,10 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--ahead {options.ahead}: 0 to {MAX_AHEAD}")
     if not 0 <= options.poll_us <= 1000:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
-    return Destination(host, port, options.migration, options.lanes, background=not options.no_background)
+    secured = _secured(options, host)
+    return Destination(
+        host, port, options.migration, options.lanes, background=not options.no_background, secured=secured
+    )
 
 
 async def _send(options: argparse.Namespace) -> dict[str, Any]:

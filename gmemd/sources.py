@@ -2,10 +2,12 @@
 
 import logging
 import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
-from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError, UntrustedError
 from gmemd.migrate import wire
 from gmemd.migrate.destination import IncomingMigration
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
@@ -13,12 +15,19 @@ from gmemd.migrate.state import Role
 from gmemd.places import Places
 from gmemd.registry import Finished, Registry
 
+if TYPE_CHECKING:
+    from gmemd.admission import Admission
+
 log = logging.getLogger(__name__)
 
 # A new source for a migration that ended this recently was started for that one.
 FRESH_SECONDS = 60.0
 # Sources may come before the VMM, but those for which none has come hold no more than this part of all places.
 WAITING = 2
+# A host that is refused in the same way again and again is told of this often.
+UNTRUSTED_SECONDS = 10.0
+# What it may have sent before it hears of that: a hello.
+FAREWELL_READS = 4
 TCP_USER_TIMEOUT = 18  # of linux/tcp.h: bytes that nobody takes for so many ms end the connection
 
 
@@ -29,6 +38,7 @@ class SourceConnections:
     def __init__(self, registry: Registry, settings: LinkSettings, limit: int, limit_of_peer: int) -> None:
         self.registry = registry
         self.settings = settings
+        self.admission: Admission | None = None
         self._places = Places(limit, limit_of_peer)
         self._waiting = Places(max(1, limit // WAITING), limit_of_peer)
 
@@ -42,10 +52,38 @@ class SourceConnections:
             return
         with self._places.taken(host) as place:
             if place:
-                await self._serve(MessageStream(stream, Role.SOURCE, f"{host}:{port}"))
+                await self._admit(stream, f"{host}:{port}")
             else:
                 log.warning("%s: too many connections", host, extra={"once": ("places", host), "every": 10.0})
                 await trio.aclose_forcefully(stream)
+
+    async def _admit(self, stream: trio.SocketStream, address: str) -> None:
+        """Sees who it is, where that matters."""
+        try:
+            secured = await self.admission.admit(stream) if self.admission else stream
+        except UntrustedError as error:
+            about = {"once": (address.rpartition(":")[0], str(error)), "every": UNTRUSTED_SECONDS}
+            log.warning("%s: refused: %s", address, error, extra=about)
+            await self._see_off(stream)
+        except LinkError as error:
+            log.info("%s: %s", address, error)
+            await trio.aclose_forcefully(stream)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        else:
+            await self._serve(MessageStream(secured, Role.SOURCE, address))
+
+    async def _see_off(self, stream: trio.SocketStream) -> None:
+        """OpenSSL has told the peer why. To close over bytes that were not read would take it back."""
+        try:
+            with trio.move_on_after(self.settings.dead_after), suppress(trio.BrokenResourceError):
+                await stream.send_eof()
+                for _ in range(FAREWELL_READS):
+                    if not await stream.receive_some():
+                        break
+        finally:
+            await trio.aclose_forcefully(stream)
 
     async def _serve(self, messages: MessageStream) -> None:
         address = messages.address
@@ -68,11 +106,14 @@ class SourceConnections:
 
     async def _shake_hands(self, messages: MessageStream) -> bool:
         """Returns whether somebody else owns the connection now."""
+        self._check_peer(messages, None)
         first = None
         with trio.move_on_after(self.settings.handshake_timeout):
             first = await messages.receive()
         if first is None:
             raise LinkError(f"{messages.address}: no hello in {self.settings.handshake_timeout:.1f} s")
+        if isinstance(first, wire.LaneHello | wire.Hello):
+            self._check_peer(messages, first.migration)
         if isinstance(first, wire.LaneHello):
             migration = self.registry.get(first.migration)
             if migration is None:
@@ -83,6 +124,10 @@ class SourceConnections:
             raise ProtocolError(f"a connection cannot begin with {wire.NAMES[type(first)]}: sent by the source")
         await self._converse(messages, first)
         return False
+
+    def _check_peer(self, messages: MessageStream, migration: str | None) -> None:
+        if self.admission and messages.tls:
+            self.admission.check(messages.tls, migration)
 
     async def _converse(self, messages: MessageStream, hello: wire.Hello) -> None:
         """A control lane: until its source goes, or the migration ends."""

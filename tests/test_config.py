@@ -76,6 +76,9 @@ MISTAKES = {
     "[network": "(at end of document)",
     "vmms = 1": "vmms: must be a table, [vmms]",
     '[vmms]\n"web-*" = "vmm"': '[vmms] web-* = "vmm": must be a list of names, such as',
+    '[tls]\ncertificate = "/c.pem"': "[tls] certificate, key and ca go together",
+    '[tls]\npeers = "src"': '[tls] peers = "src": must be a list of names, such as',
+    '[network]\ntls = "no"': '[network] tls = "no": must be one of auto, require, off',
     '[vmms]\n"a/b" = ["vmm"]': '[vmms] a/b = ["vmm"]: must be the name of a migration, with *',
 }
 
@@ -139,6 +142,8 @@ def test_dump_is_read_back(text: str, size: int, seconds: float, mode: int, addr
         network=replace(default.network, listen=address, heartbeat=0.01, dead_after=seconds),
         limits=replace(default.limits, state=size),
         trace=replace(default.trace, directory=Path("/" + text)),
+        tls=replace(default.tls, peers=("a.example", text or "x"), psk=Path("/" + text)),
+        sources={"db-?": (".example",)},
         vmms={"web-*": ("vmm", text or "x"), "a": ()},
     )
     assert parse(dump(config)) == config

@@ -40,6 +40,7 @@ class Report:
     stuck: str | None = None  # why pages could not be put in place, while that lasts
     stuck_since: float | None = None
     link: str | None = None  # why there is no source, while there is none
+    peer: str | None = None  # what the latest source has shown, with TLS
 
 
 class IncomingMigration:
@@ -149,6 +150,7 @@ class IncomingMigration:
         if self.phase is Phase.WAITING:
             self.phase = Phase.PREPARING
         self.report.link = None
+        self.report.peer = control.messages.tls.peer if control.messages.tls else None
         session = self.session = Session(self, control, hello, self.epoch)
         self.token, self.token_before = session.token, hello.token
         log.info("source %s, epoch %d", control.messages.address, self.epoch, extra={"migration": self.name})

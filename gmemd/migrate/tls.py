@@ -7,7 +7,7 @@ import trio
 from gmemd.errors import GmemdError, LinkError, UntrustedError
 from gmemd.native.tls import Tls, TlsContext, Wants
 
-ANYBODY = "*"  # in a list of names: whoever our certificate authorities know
+ANYBODY = "*"  # in a list of names: whoever has a certificate of our authorities, or a key of ours
 READ_BYTES = 64 * 1024
 
 

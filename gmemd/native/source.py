@@ -137,7 +137,8 @@ class Server:
         self.source = source
         self._tls = tls
         self.native: Any = ffi.gc(
-            checked(lib.gm_server_new, source.native, socket, native_of(tls), checksum, poll_us, ahead), lib.gm_server_free
+            checked(lib.gm_server_new, source.native, socket, native_of(tls), checksum, poll_us, ahead),
+            lib.gm_server_free,
         )
 
     def run(self) -> None:

@@ -195,5 +195,5 @@ class Demo:
             "downtime_us": self.events["first-instruction"]["downtime_us"],
             "duration_us": duration_us,
             "recoveries": migration["recoveries"],
-            "tls": "off",
+            "tls": migration["tls"],
         }

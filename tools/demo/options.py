@@ -29,6 +29,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pattern", choices=PATTERNS, default="random", help="how the guest picks pages (random)")
     command.add_argument("--lanes", type=int, default=2, metavar="N", help="background connections (2)")
     command.add_argument("--populate", choices=("auto", "write", "recv", "copy"), default="auto")
+    command.add_argument("--tls", action="store_true", help="with TLS, between throw-away certificates")
     command.add_argument("--guest", choices=("auto", "kvm", "threads"), default="auto")
     command.add_argument("--trace", metavar="DIR", help="record the guest's faults there")
     command.add_argument("--seed", type=int, default=1, metavar="N")

@@ -5,6 +5,8 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gmemd_tools.demo.certificates import Party, certify
+
 MIGRATION = "demo"
 
 
@@ -46,6 +48,7 @@ class Plan:
             f"--lanes={self.options.lanes}",
             f"--rate={self.rate}",
             "--json",
+            *self._own_certificate(),
         ]
 
     @property
@@ -69,6 +72,19 @@ class Plan:
             *(["--no-direct-map"] if o.no_direct_map else []),
         ]
 
+    def _own_certificate(self) -> list[str]:
+        if not self.options.tls:
+            return []
+        own = certify(self.directory, Party.SOURCE)
+        return [f"--certificate={own.certificate}", f"--key={own.key}", f"--ca={own.ca}"]
+
+    def _tls(self) -> str:
+        if not self.options.tls:
+            return ""
+        own = certify(self.directory, Party.DESTINATION)
+        files = f'certificate = "{own.certificate}"\nkey = "{own.key}"\nca = "{own.ca}"'
+        return f'[tls]\n{files}\npeers = ["{Party.SOURCE.value}"]'
+
     def _config(self) -> Path:
         path = self.directory / "gmemd.toml"
         trace = f'directory = "{Path(self.options.trace).absolute()}"' if self.options.trace else ""
@@ -78,6 +94,7 @@ socket = "{self._handoff}"
 status_socket = "{self.status_socket}"
 [network]
 listen = "127.0.0.1:{self.port}"
+{self._tls()}
 [paging]
 populate = "{self.options.populate}"
 [trace]

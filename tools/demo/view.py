@@ -73,7 +73,8 @@ def summary(s: dict[str, Any]) -> Table:
         f"{s['faults']}, answered in {latency['p50']:.0f} µs (p50), {latency['p99']:.0f} µs (p99), "
         f"{latency['max']:.0f} µs at most",
     )
-    table.add_row("way", f"trap {s['trap']}, populate {s['populate']}, recoveries {s['recoveries']}, TLS {s['tls']}")
+    way = f"trap {s['trap']}, populate {s['populate']}, recoveries {s['recoveries']}, {s['tls'] or 'plain text'}"
+    table.add_row("way", way)
     table.add_row(
         "checked",
         f"{s['pages_verified']} of {s['pages']} pages, {s['pages_as_at_source']} of them unchanged since the source, "
