@@ -22,6 +22,9 @@ PREAMBLE = struct.Struct("<6sH")
 MAGIC = b"GMEMD\0"
 HEAD = struct.Struct("<II")  # length of the body, and its CRC-32C
 
+# How a hand-shake and an alert of TLS begin.
+TLS_RECORDS = (b"\x16\x03", b"\x15\x03")
+
 # The longest message is a piece of the VMM's state, or of coded runs.
 MAX_MESSAGE = 128 * 1024
 # A piece of the VMM's state.
@@ -317,6 +320,8 @@ class Decoder:
 
     def _next(self) -> Message | None:
         if not self._greeted:
+            if self._buffer.startswith(TLS_RECORDS):
+                raise ProtocolError("it speaks TLS, and we do not")
             if len(self._buffer) < PREAMBLE.size:
                 return None
             magic, version = PREAMBLE.unpack_from(self._buffer)
