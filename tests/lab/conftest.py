@@ -5,9 +5,13 @@ would be skipped for want of it fails.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[2]))  # for tools.lab, which is in no package
 
 
 @pytest.fixture

@@ -100,7 +100,10 @@ def run_files(kernel: Kernel, out: Path, files: Sequence[str], more: Sequence[st
     subprocess.run(["rm", "-rf", out], check=True)
     with ThreadPoolExecutor(machines) as pool:
         started = [pool.submit(run_file, kernel, out, more, file) for file in files]
-        yield from (ended.result() for ended in as_completed(started))
+        try:
+            yield from (ended.result() for ended in as_completed(started))
+        finally:
+            pool.shutdown(cancel_futures=True)  # who interrupts one means all
 
 
 def told(runs: Iterable[Ran]) -> Iterator[Ran]:
