@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
         "(0: no limit); what the guest waits for is never held back",
     )
     top.add_argument(
+        "--insist",
+        action="store_true",
+        help="keep the background at full speed however long the guest waits (default: it gives way)",
+    )
+    top.add_argument(
         "--ahead",
         type=int,
         default=16,
@@ -159,6 +164,7 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
         migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)
         migration.source.set_rate(rate)
+        migration.source.set_giveway(not options.insist)
         if options.stages:
             migration.memory.time_stages()
         try:

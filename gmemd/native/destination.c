@@ -166,6 +166,7 @@ void gm_destination_end_waits(struct gm_destination *d, const struct gm_region *
 
         gm_stamp(d->memory->stages, GM_STAGE_CONTINUED, wait.region, wait.page);
         gm_histogram_record(&d->latency, now - wait.since_ns);
+        atomic_store_explicit(&d->waited_us, (uint32_t)((now - wait.since_ns) / 1000), memory_order_relaxed);
         gm_blocked_add(&d->blocked, &wait, now);
         if (wait.vcpu)
             gm_vcpus_answer(d, r, &wait);

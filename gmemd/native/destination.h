@@ -84,6 +84,7 @@ struct gm_destination {
     _Atomic uint64_t reading;
     /* How many lanes are giving claims back: nobody begins to read meanwhile. */
     _Atomic uint64_t giving_up;
+    _Atomic uint32_t waited_us; /* how long the latest wait was that is over */
     _Atomic uint32_t events;
     int event_fd;
     _Atomic int kick_fd; /* the pager's, or -1 */

@@ -35,6 +35,8 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
         return;
     if (lane->checksum)
         frame.flags = GM_FRAME_CRC;
+    if (kind == GM_KIND_REQUEST)
+        frame.crc = atomic_load_explicit(&port->destination->waited_us, memory_order_relaxed);
     gm_frame_encode(&frame, port->out + port->out_end);
     port->out_end += GM_HEADER_BYTES;
 }

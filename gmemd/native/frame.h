@@ -9,7 +9,7 @@
  *      8  u64  first page
  *     16  u32  pages
  *     20  u32  bytes of payload that follow
- *     24  u32  CRC-32C of the payload, 0 without GM_FRAME_CRC
+ *     24  u32  CRC-32C of the payload, 0 without GM_FRAME_CRC; in a request, how long the latest page was waited for, in µs
  *     28  u32  CRC-32C of bytes 0 to 27, 0 without GM_FRAME_CRC
  *
  * The header has a checksum of its own, so that it still says which pages are to be asked for again when only the payload is damaged.

@@ -15,12 +15,13 @@ enum { BEATS = 64 }; /* heard at once */
 
 struct gm_push {
     struct gm_sender sender;
+    uint64_t rate; /* that the stream keeps to */
 };
 
 struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, struct gm_tls *tls, int checksum,
                             struct gm_problem *ret)
 {
-    struct gm_push *p = malloc(sizeof *p);
+    struct gm_push *p = calloc(1, sizeof *p);
 
     if (!p) {
         gm_blame(ret, GM_KERNEL, ENOMEM, "lane %u", lane);
@@ -30,13 +31,16 @@ struct gm_push *gm_push_new(struct gm_source *s, unsigned lane, int socket, stru
         free(p);
         return NULL;
     }
+    atomic_fetch_add(&s->pushing, 1);
     return p;
 }
 
 void gm_push_free(struct gm_push *p)
 {
-    if (p)
+    if (p) {
+        atomic_fetch_sub(&p->sender.source->pushing, 1);
         gm_sender_deinit(&p->sender);
+    }
     free(p);
 }
 
@@ -49,6 +53,16 @@ static int flush(struct gm_push *p, struct gm_problem *ret)
     while (left > 0 && poll(&room, 1, LINGER_MS) > 0)
         left = gm_sender_flush(&p->sender, ret);
     return left;
+}
+
+/* The kernel spaces what is sent: a pause between bursts would make whoever waits wait for a burst. */
+static void keep_to_rate(struct gm_push *p)
+{
+    uint64_t rate = gm_source_lane_rate(p->sender.source);
+
+    if (rate != p->rate)
+        gm_stream_pace(&p->sender.stream, rate);
+    p->rate = rate;
 }
 
 /* Queues what comes next. Returns 1, 0 if there is nothing, or -1. */
@@ -73,8 +87,10 @@ int gm_push_run(struct gm_push *p, uint32_t budget_us, struct gm_problem *ret)
     uint64_t until = gm_now_ns() + (uint64_t)budget_us * 1000;
 
     do {
-        int added, left = flush(p, ret);
+        int added, left;
 
+        keep_to_rate(p);
+        left = flush(p, ret);
         if (left)
             return left < 0 ? -1 : GM_PUSH_FULL;
         if (gm_source_pause_us(source))

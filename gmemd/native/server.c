@@ -1,6 +1,7 @@
 #include "server.h"
 
 #include "ahead.h"
+#include "clock.h"
 #include "frame.h"
 #include "poller.h"
 #include "sender.h"
@@ -22,6 +23,7 @@ struct gm_server {
     int epoll, kick;
     _Atomic bool stop, beat;
     bool writable_wanted;
+    uint32_t round_trip_us;
     size_t start, end; /* of the requests in `in` that are not answered */
     unsigned char in[REQUESTS * GM_HEADER_BYTES];
 };
@@ -126,6 +128,8 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
         if (!gm_sender_fits(&server->sender, r, f.count))
             return 1;
         gm_stamp(source->memory->stages, GM_STAGE_TAKEN, f.region, f.first);
+        if (f.crc)
+            gm_giveway_wait(&source->giveway, gm_now_ns(), f.crc, server->round_trip_us, source->n.sent_bytes);
         gm_bitmap_set(r->claimed, f.first, f.count);
         if (gm_sender_add(&server->sender, r, f.first, f.count, ret) < 0)
             return -1;
@@ -207,6 +211,7 @@ static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
 
 int gm_server_run(struct gm_server *server, struct gm_problem *ret)
 {
+    server->round_trip_us = gm_stream_round_trip_us(&server->sender.stream);
     while (!atomic_load(&server->stop)) {
         int full = answer(server, ret);
         int came = full ? 0 : fill(server, ret);

@@ -92,6 +92,19 @@ uint64_t gm_source_pause_us(struct gm_source *s)
     return s->rate && s->due_ns > now ? (s->due_ns - now) / 1000 : 0;
 }
 
+void gm_source_set_giveway(struct gm_source *s, int giveway)
+{
+    s->insists = !giveway;
+}
+
+uint64_t gm_source_lane_rate(struct gm_source *s)
+{
+    uint64_t rate = s->insists ? 0 : gm_giveway_rate(&s->giveway, gm_now_ns());
+    unsigned lanes = atomic_load(&s->pushing);
+
+    return lanes > 1 ? rate / lanes : rate;
+}
+
 /* A pause is not made up for later. */
 static void pace(struct gm_source *s, uint64_t bytes)
 {

@@ -7,6 +7,7 @@
 #ifndef GM_SOURCE_H
 #define GM_SOURCE_H
 
+#include "giveway.h"
 #include "memory.h"
 #include "order.h"
 #include "problem.h"
@@ -28,6 +29,10 @@ void gm_source_counters(const struct gm_source *s, struct gm_source_counters *ou
 
 /* The background sends at most so many bytes a second, 0 as many as it can; faults are never held back. */
 void gm_source_set_rate(struct gm_source *s, uint64_t bytes_per_s);
+/* Whether the background gives way to faults (giveway.h); it does unless told not to. */
+void gm_source_set_giveway(struct gm_source *s, int giveway);
+/* Bytes a second that one background lane may send now to give way, 0 for no limit. */
+uint64_t gm_source_lane_rate(struct gm_source *s);
 /* How long the background has to hold its breath now, in µs. */
 uint64_t gm_source_pause_us(struct gm_source *s);
 
@@ -58,6 +63,9 @@ struct gm_source {
     uint64_t run, into; /* where in the order: a run, and pages of it that are behind us */
     bool from_start; /* the cursor has come from the beginning, so nothing is left before it */
     uint64_t rate, due_ns; /* with a rate: when what has been taken so far will have gone */
+    struct gm_giveway giveway;
+    bool insists;             /* the background gives way to nobody */
+    _Atomic unsigned pushing; /* background lanes */
     struct {
         _Atomic uint64_t urgent_pages, ahead_pages, background_pages, zero_pages, sent_bytes;
     } n;

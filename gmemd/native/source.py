@@ -69,6 +69,15 @@ class Source:
         """The background sends at most so much, 0 as much as it can; faults are never held back."""
         lib.gm_source_set_rate(self.native, bytes_per_s)
 
+    def set_giveway(self, giveway: bool) -> None:
+        """Whether the background slows down when pages are waited for long; it does unless told not to."""
+        lib.gm_source_set_giveway(self.native, giveway)
+
+    @property
+    def lane_rate(self) -> int:
+        """Bytes a second that a background lane may send now to give way, 0 for no limit."""
+        return int(lib.gm_source_lane_rate(self.native))
+
     @property
     def pause(self) -> float:
         """Seconds that the background has to wait now."""

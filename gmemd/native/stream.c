@@ -5,6 +5,8 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 
 void gm_stream_init(struct gm_stream *s, unsigned lane, int socket, struct gm_tls *tls, const char *peer)
@@ -65,6 +67,23 @@ ssize_t gm_stream_write(struct gm_stream *s, const struct iovec *pieces, size_t 
     if (put < 0)
         return errno == EAGAIN ? 0 : -errno;
     return put;
+}
+
+void gm_stream_pace(const struct gm_stream *s, uint64_t bytes_per_s)
+{
+    uint64_t most = bytes_per_s ? bytes_per_s : UINT64_MAX;
+
+    /* Where this is not known, the background is as fast as it was. */
+    if (setsockopt(s->socket, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof most) < 0)
+        return;
+}
+
+uint32_t gm_stream_round_trip_us(const struct gm_stream *s)
+{
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+
+    return getsockopt(s->socket, IPPROTO_TCP, TCP_INFO, &info, &size) < 0 ? 0 : info.tcpi_min_rtt;
 }
 
 int gm_stream_ended(const struct gm_stream *s, ssize_t error, const char *where, struct gm_problem *ret)

@@ -59,8 +59,8 @@ class Frame:
         )
 
     def sealed(self, payload: bytes = b"") -> Self:
-        """The same with its checksums."""
-        flagged = replace(self, flags=self.flags | CRC, crc=crc32c(payload))
+        """The same with its checksums. A request has none of a payload; there it says how long a page was waited for."""
+        flagged = replace(self, flags=self.flags | CRC, crc=self.crc if self.kind == REQUEST else crc32c(payload))
         return replace(flagged, header_crc=crc32c(flagged.encode()[:HEADER_CRC_COVERS]))
 
     def intact(self, payload: bytes = b"") -> bool:
@@ -79,8 +79,8 @@ def zeros(region: int, first: int, count: int) -> bytes:
     return Frame(kind=ZERO, region=region, first=first, count=count).sealed().encode()
 
 
-def request(region: int, first: int, count: int = 1) -> bytes:
-    return Frame(kind=REQUEST, region=region, first=first, count=count).sealed().encode()
+def request(region: int, first: int, count: int = 1, *, waited_us: int = 0) -> bytes:
+    return Frame(kind=REQUEST, region=region, first=first, count=count, crc=waited_us).sealed().encode()
 
 
 def beat() -> bytes:

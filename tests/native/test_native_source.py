@@ -6,7 +6,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -372,6 +372,48 @@ def test_a_rate_is_kept() -> None:
         assert time.monotonic() - began > 0.9 * 1024 * PAGE / rate
         host.source.set_rate(0)
         assert host.source.pause == 0
+
+
+def ask_until(host: Host, urgent: Far, true: Callable[[], bool], waited_us: int) -> None:
+    """Asks for a page again and again, saying how long each was waited for."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, f"the lane's rate is {host.source.lane_rate}"
+        urgent.send(request(0, 0, waited_us=waited_us))
+        urgent.frame_and_payload()
+
+
+def test_the_background_gives_way_to_long_waits() -> None:
+    """Slower while pages are waited for long, never at a stand; faster again when they are not; off on request."""
+    with Host() as host, host.serving() as (_, urgent, _):
+        host.fill(0)
+        lanes = [host.push(lane) for lane in (1, 2)]
+        assert host.source.lane_rate == 0
+        ask_until(host, urgent, lambda: host.source.lane_rate == (8 << 20) / len(lanes), 50_000)
+        host.source.set_giveway(False)
+        assert host.source.lane_rate == 0
+        host.source.set_giveway(True)
+        ask_until(host, urgent, lambda: host.source.lane_rate > 64 << 20, 1)
+
+
+def test_who_waits_for_nothing_holds_nothing_back() -> None:
+    with Host() as host, host.serving() as (_, urgent, _):
+        host.fill(0)
+        ask_until(host, urgent, lambda: host.source.lane_rate > 0, 50_000)
+        until(lambda: host.source.lane_rate == 0)
+
+
+def test_a_lane_keeps_to_its_rate() -> None:
+    """What it may send, the kernel sends evenly."""
+    with Host((1024, PAGE)) as host, host.serving() as (_, urgent, _):
+        host.fill(*range(1024))
+        push, far = host.push()
+        ask_until(host, urgent, lambda: 0 < host.source.lane_rate <= 16 << 20, 50_000)
+        asking = Task(ask_until, host, urgent, lambda: host.source.counters()["background_pages"] == 1023, 50_000)
+        began = time.monotonic()
+        run(push, far)
+        assert time.monotonic() - began > 1024 * PAGE / (20 << 20)
+        asking.result()
 
 
 def test_a_push_beats() -> None:

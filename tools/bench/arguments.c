@@ -54,6 +54,12 @@ static void take(struct arguments *a, char option, const char *name, const char 
     case 'k':
         a->think_ns = number(name, text);
         break;
+    case 'd':
+        a->stride = (uint32_t)number(name, text);
+        break;
+    case 'S':
+        a->stages = text;
+        break;
     case 'r':
         a->random = true;
         break;
@@ -72,10 +78,11 @@ struct arguments arguments_parse(int argc, char **argv)
         {"gmemd", required_argument, NULL, 'g'},   {"migration", required_argument, NULL, 'i'},
         {"source", required_argument, NULL, 'f'},  {"threads", required_argument, NULL, 't'},
         {"touches", required_argument, NULL, 'n'}, {"think-ns", required_argument, NULL, 'k'},
+        {"stride", required_argument, NULL, 'd'},  {"stages", required_argument, NULL, 'S'},
         {"random", no_argument, NULL, 'r'},        {"sleep", no_argument, NULL, 's'},
         {NULL, 0, NULL, 0},
     };
-    struct arguments a = {.machine = {.memory = 256u << 20, .regions = 1}, .threads = 1};
+    struct arguments a = {.machine = {.memory = 256u << 20, .regions = 1}, .threads = 1, .stride = 1};
     int option, index = 0;
 
     while ((option = getopt_long(argc, argv, "", known, &index)) != -1)

@@ -13,6 +13,8 @@ struct arguments {
     unsigned threads;       /* that touch, or streams that carry */
     uint64_t touches;       /* of all threads together; 0: until the migration is done */
     uint64_t think_ns;      /* that a thread computes between two touches */
+    uint32_t stride;        /* pages from one touch to the next */
+    const char *stages;     /* a file for when each touch that waited began and ended */
     bool random;
     bool sleep; /* instead of polling */
 };

@@ -71,6 +71,7 @@ int main(int argc, char **argv)
         report_event("done");
     }
     touch_join(&touch, !a.touches);
+    touch_write_stages(&touch);
     json_begin(&json);
     json_string(&json, "event", "guest");
     touch_report(&touch, &json);

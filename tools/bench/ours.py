@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gmemd.status import ask
+from gmemd_tools.bench.link import Link
 from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
 
 BIN = Path(sys.executable).parent
@@ -21,18 +22,21 @@ BIN = Path(sys.executable).parent
 class Daemon:
     """A running `gmemd serve`, and what it takes to move guests to it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, settings: str, link: Link | None) -> None:
+        self.folder = folder
+        self.host = link.destination if link else "127.0.0.1"
+        self._link = link
         self._socket = folder / "gmemd.sock"
         self._status = folder / "status.sock"
         self._migrations = 0
         config = folder / "gmemd.toml"
         config.write_text(
             f'[daemon]\nsocket = "{self._socket}"\nstatus_socket = "{self._status}"\n'
-            '[network]\nlisten = "127.0.0.1:0"\n'
+            f'[network]\nlisten = "{self.host}:0"\n{settings}'
         )
         self._log = (folder / "daemon.log").open("w")
-        self.process = subprocess.Popen([BIN / "gmemd", "serve", "--config", config], stderr=self._log)
+        command = [*(link.at_destination if link else ()), BIN / "gmemd", "serve", "--config", config]
+        self.process = subprocess.Popen(command, stderr=self._log)
         self._port = self._wait_for_port()
 
     def close(self) -> None:
@@ -45,16 +49,20 @@ class Daemon:
         self._migrations += 1
         name = f"bench-{self._migrations}"
         toucher = _Guest(self._socket, name, memory, *guest)
-        sender = _Sender(self._port, name, content, *source)
+        sender = _Sender(
+            f"{self.host}:{self._port}", name, content, *source, inside=self._link.at_source if self._link else ()
+        )
         try:
             toucher.expect("ready")
             before = cpu_seconds(self.process.pid), cpu_seconds(sender.pid)
             result = {"guest": toucher.expect("guest"), "ready_us": toucher.ready_us}
+            result["source_memory"] = own_memory(sender.pid)
             if "--no-background" not in source:
                 result["source"], cpu = sender.finish()
                 result["source_cpu_s"] = cpu - before[1]
             result["daemon_cpu_s"] = cpu_seconds(self.process.pid) - before[0]
             result["daemon"] = self._of(name)
+            result["daemon_memory"] = own_memory(self.process.pid)
         finally:
             sender.close()
             toucher.close()
@@ -76,9 +84,10 @@ class Daemon:
 
 
 @contextmanager
-def daemon(folder: Path) -> Iterator[Daemon]:
-    """A daemon with its sockets in `folder`."""
-    running = Daemon(folder)
+def daemon(folder: Path, settings: str = "", link: Link | None = None) -> Iterator[Daemon]:
+    """A daemon with its sockets in `folder`; `settings` are more of its configuration. Its sources come over `link`."""
+    folder.mkdir(exist_ok=True)
+    running = Daemon(folder, settings, link)
     try:
         yield running
     finally:
@@ -115,8 +124,10 @@ class _Guest:
 class _Sender:
     """gmemd-source, with what it used of a CPU."""
 
-    def __init__(self, port: int, name: str, content: Path, *arguments: object) -> None:
-        words = [BIN / "gmemd-source", f"127.0.0.1:{port}", "--migration", name, "--file", content, "--json"]
+    def __init__(
+        self, address: str, name: str, content: Path, *arguments: object, inside: Sequence[str] = ()
+    ) -> None:
+        words = [*inside, BIN / "gmemd-source", address, "--migration", name, "--file", content, "--json"]
         self._process = subprocess.Popen([*map(str, words), *map(str, arguments)], stdout=subprocess.PIPE)
         self.pid = self._process.pid
         self._ended = False
@@ -141,3 +152,10 @@ class _Sender:
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process with all its threads, those that have ended too."""
     return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED, as clock_getcpuclockid(3) makes it
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of memory of its own that a process has now: not what it shares, such as guest memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10

@@ -5,6 +5,7 @@
 #include "touch.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/resource.h>
 
@@ -17,6 +18,9 @@ static const uint64_t SUSPECT_NS = 1000;
 /* Samples of a thread that goes on until it is stopped: at most one a fault. */
 static const size_t ENDLESS = 1u << 20;
 
+/* The guest's own stages of a fault, in the words of gmemd/native/stages.h. */
+enum { STAGE_TOUCHED = 1, STAGE_RUNNING = 9 };
+
 static uint64_t faults_so_far(void)
 {
     struct rusage usage;
@@ -25,12 +29,18 @@ static uint64_t faults_so_far(void)
     return (uint64_t)(usage.ru_minflt + usage.ru_majflt);
 }
 
+static void stamp(struct touch_thread *thread, uint64_t at_ns, uint64_t stage, uint64_t page)
+{
+    samples_add(&thread->stamps, at_ns);
+    samples_add(&thread->stamps, stage | page << 24);
+}
+
 static void touch_page(struct touch_thread *thread, uint32_t page)
 {
     const struct memory *memory = thread->touch->memory;
     uint64_t offset = page * memory->region[0].page_size;
     const volatile uint64_t *word = (const volatile uint64_t *)(memory->base + offset);
-    uint64_t before = now_ns(), value = *word, took = now_ns() - before, faults;
+    uint64_t before = now_ns(), value = *word, after = now_ns(), took = after - before, faults;
 
     if (value != offset / PATTERN_PAGE + 1)
         fail(EX_DATAERR, "page %u holds %llu", page, (unsigned long long)value);
@@ -38,8 +48,11 @@ static void touch_page(struct touch_thread *thread, uint32_t page)
     if (took < SUSPECT_NS)
         return;
     faults = faults_so_far();
-    if (faults != thread->faults)
+    if (faults != thread->faults) {
         samples_add(&thread->waits, took);
+        stamp(thread, before, STAGE_TOUCHED, page);
+        stamp(thread, after, STAGE_RUNNING, page);
+    }
     thread->faults = faults;
 }
 
@@ -65,7 +78,7 @@ static void *run(void *argument)
     thread->begin_ns = now_ns();
     while (thread->touches < most && !__atomic_load_n(&touch->stop, __ATOMIC_RELAXED)) {
         touch_page(thread, a->random ? pattern_shuffled(place, pages, half) : place);
-        place = place + 1 < pages ? place + 1 : 0;
+        place = (uint32_t)(((uint64_t)place + a->stride) % pages);
         if (a->think_ns)
             think(a->think_ns);
     }
@@ -92,6 +105,8 @@ void touch_create(struct touch *touch, const struct arguments *arguments, const 
         thread->touch = touch;
         thread->id = i;
         thread->waits = samples_create(arguments->touches ? arguments->touches : ENDLESS);
+        if (arguments->stages)
+            thread->stamps = samples_create(4 * thread->waits.room);
         error = pthread_create(&thread->thread, NULL, run, thread);
         if (error)
             fail(EX_OSERR, "thread %u: %s", i, strerror(error));
@@ -108,6 +123,31 @@ void touch_join(struct touch *touch, bool stop)
     __atomic_store_n(&touch->stop, stop, __ATOMIC_RELAXED);
     for (unsigned i = 0; i < touch->arguments->threads; i++)
         pthread_join(touch->thread[i].thread, NULL);
+}
+
+void touch_write_stages(const struct touch *touch)
+{
+    const char *path = touch->arguments->stages;
+    struct {
+        char magic[8];
+        uint32_t version, stamps;
+    } header = {.magic = "GMSTAGE\x1a", .version = 1};
+    CLEANUP_CLOSE int file = path ? open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644) : -1;
+    bool whole;
+
+    if (!path)
+        return;
+    for (unsigned i = 0; i < touch->arguments->threads; i++)
+        header.stamps += (uint32_t)(touch->thread[i].stamps.count / 2);
+    whole = file >= 0 && write(file, &header, sizeof(header)) == sizeof(header);
+    for (unsigned i = 0; whole && i < touch->arguments->threads; i++) {
+        const struct samples *stamps = &touch->thread[i].stamps;
+        ssize_t bytes = (ssize_t)(stamps->count * sizeof(*stamps->ns));
+
+        whole = write(file, stamps->ns, (size_t)bytes) == bytes;
+    }
+    if (!whole)
+        fail(EX_CANTCREAT, "--stages %s: %s", path, strerror(errno));
 }
 
 void touch_report(const struct touch *touch, struct json *json)

@@ -21,6 +21,7 @@ struct touch_thread {
     pthread_t thread;
     uint64_t begin_ns, end_ns, touches, faults;
     struct samples waits;
+    struct samples stamps; /* pairs, as in gmemd/stages.py */
 };
 
 struct touch {
@@ -37,6 +38,8 @@ void touch_create(struct touch *touch, const struct arguments *arguments, const 
 void touch_begin(struct touch *touch);
 /* Returns when every thread has made its touches; with `stop`, as soon as each is at its next. */
 void touch_join(struct touch *touch, bool stop);
+/* Writes down when each touch that waited began and ended, if that was asked for. */
+void touch_write_stages(const struct touch *touch);
 /* Adds what was measured to an object. Ends the process if content was wrong. */
 void touch_report(const struct touch *touch, struct json *json);
 
