@@ -59,7 +59,7 @@ class Frame:
         )
 
     def sealed(self, payload: bytes = b"") -> Self:
-        """The same with its checksums. A request has none of a payload; there it says how long a page was waited for."""
+        """The same with its checksums. In a request, that of the payload is how long a page was waited for."""
         flagged = replace(self, flags=self.flags | CRC, crc=self.crc if self.kind == REQUEST else crc32c(payload))
         return replace(flagged, header_crc=crc32c(flagged.encode()[:HEADER_CRC_COVERS]))
 
