@@ -1,6 +1,7 @@
 """Streams of messages and control lanes over connections in memory, which end, are slow, or lie."""
 
 import socket
+import time
 from contextlib import ExitStack
 from typing import cast
 
@@ -44,6 +45,29 @@ async def test_the_end_comes_behind_a_message(pair: Pair) -> None:
     assert await messages.receive() == wire.Go()
     with pytest.raises(LinkError, match=r"^somewhere: connection closed$"):
         await messages.receive()
+
+
+async def test_a_length_that_was_damaged_on_the_way(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats come, and fill up a message that nobody sent."""
+    messages, theirs = pair
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    beat = wire.encode(wire.Beat())
+    await theirs.send_all(wire.preamble() + wire.HEAD.pack(100_000, 0))
+
+    async def trickle() -> None:
+        nonlocal now
+        while now < 100:
+            await theirs.send_all(beat)
+            await trio.testing.wait_all_tasks_blocked()
+            now += 0.3
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        with pytest.raises(LinkError, match=r"^somewhere: a message does not end in 5 s$"):
+            await messages.receive()
+        nursery.cancel_scope.cancel()
+    assert 5 < now < 6
 
 
 async def test_slowly_byte_by_byte(pair: Pair, autojump_clock: trio.testing.MockClock) -> None:

@@ -17,6 +17,9 @@ from gmemd.native.tls import Tls
 M = TypeVar("M", bound=wire.Message)
 
 READ_BYTES = 64 * 1024
+# The largest message takes this long at 26 KB/s. One that takes longer has a length that was damaged on the way: beats
+# would fill it up for half an hour.
+MESSAGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class MessageStream:
         self.stream = stream
         self.address = address
         self.heard = time.monotonic()
+        self._begun = 0.0  # when the first bytes came of what is not whole yet
         self._decoder = wire.Decoder(peer.value)
         self._sending = trio.Lock()
         self._preamble = wire.preamble()
@@ -61,7 +65,11 @@ class MessageStream:
             if not data:
                 where = " in the middle of a message" if self._decoder.pending else ""
                 raise LinkError(f"{self.address}: connection closed{where}")
-            self.heard = time.monotonic()
+            now = self.heard = time.monotonic()
+            if not self._decoder.pending:
+                self._begun = now
+            elif now - self._begun > MESSAGE_SECONDS:
+                raise LinkError(f"{self.address}: a message does not end in {MESSAGE_SECONDS:.0f} s")
             self._decoder.receive(data)
         return message
 

@@ -125,6 +125,7 @@ class Demo:
             if not self.show.quiet:
                 tasks.start(self._show)
             if self.spoilt:
+                self.cast.source.forgiving = True
                 tasks.start(self.cast.keep_sending)
             tasks.start(inject, injections, self._arrived, self._actions())
             for process, names in ((destination, ("ready", "first-instruction")), (self.cast.source, ("paused",))):

@@ -26,6 +26,7 @@ class Process:
         self.name = name
         self.process = process
         self.log = log
+        self.forgiving = False  # a VMM's that was told of a failed gmemd-source: another one will come
         self._lines = bytearray()
 
     async def event(self, *names: str) -> dict[str, Any]:
@@ -36,6 +37,8 @@ class Process:
                 return event
             if event.get("event") == "mismatch":
                 raise DataError(f"{self.name}: a wrong byte: {json.dumps(event)}")
+            if event.get("event") == "failed" and self.forgiving:
+                continue
             if event.get("event") in ("error", "refused", "failed", "abandoned"):
                 raise UnavailableError(f"{self.name}: {event.get('message', event)}")
 
