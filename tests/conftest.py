@@ -57,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaks(reason): leaves descriptors or threads behind on purpose")
+    config.addinivalue_line("markers", "daemon(settings): of a module: what its daemon is configured with")
     config.addinivalue_line("markers", f"deadline(seconds): an async test that may take over {DEADLINE:g} s")
     config.stash[SPENT] = defaultdict(float)
     os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 from support.connection import Connection, connect
 from support.daemon import DaemonProcess
-from support.neighbour import COUNT, REGIONS, Neighbour
+from support.neighbour import COUNT, REGIONS, SETTINGS, Neighbour
 from support.polling import eventually
 from support.rawsource import RawSource
 from support.vmm import PAGE
@@ -19,8 +19,8 @@ from gmemd.migrate import wire
 from gmemd.migrate.link import LinkSettings
 from gmemd.native import crc32c
 
-pytest_plugins = ["support.neighbour_fixtures"]
-pytestmark = pytest.mark.usefixtures("nobody_else_notices")
+pytest_plugins = ["support.daemon_fixtures", "support.neighbour_fixtures"]
+pytestmark = [pytest.mark.daemon(SETTINGS), pytest.mark.usefixtures("nobody_else_notices")]
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from support.connection import BEAT, FRAME, FRAME_MAGIC, PAGES, REQUEST, ZERO, frame
 from support.daemon import DaemonProcess
-from support.neighbour import COUNT, REGIONS
+from support.neighbour import COUNT, REGIONS, SETTINGS
 from support.polling import eventually
 from support.rawsource import RawSource
 from support.vmm import PAGE, Touch, Vmm
@@ -14,8 +14,8 @@ from support.vmm import PAGE, Touch, Vmm
 from gmemd.errors import LinkError
 from gmemd.migrate import wire
 
-pytest_plugins = ["support.neighbour_fixtures"]
-pytestmark = pytest.mark.usefixtures("nobody_else_notices")
+pytest_plugins = ["support.daemon_fixtures", "support.neighbour_fixtures"]
+pytestmark = [pytest.mark.daemon(SETTINGS), pytest.mark.usefixtures("nobody_else_notices")]
 
 
 def header(**changes: int) -> bytes:

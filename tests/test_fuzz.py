@@ -1,6 +1,8 @@
 """What `make fuzz` does for hours, for a moment: every target with its corpus, and with inputs near it."""
 
+import logging
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,14 @@ CORPUS = {
     for name in [*natively.TARGETS, *targets.TARGETS]
 }
 MUTATIONS = 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_warnings_of_damage() -> Iterator[None]:
+    log = logging.getLogger("gmemd.trace")
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from support.daemon import DaemonProcess
-from support.neighbour import COUNT
+from support.neighbour import COUNT, SETTINGS
 from support.vmm import PAGE, Vmm
 
-pytest_plugins = ["support.neighbour_fixtures"]
-pytestmark = pytest.mark.usefixtures("nobody_else_notices")
+pytest_plugins = ["support.daemon_fixtures", "support.neighbour_fixtures"]
+pytestmark = [pytest.mark.daemon(SETTINGS), pytest.mark.usefixtures("nobody_else_notices")]
 
 
 def changed(vmm: Vmm, **changes: Any) -> dict[str, Any]:

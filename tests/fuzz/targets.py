@@ -4,7 +4,6 @@ A target makes the outer layers (length, checksum, JSON) itself for some inputs,
 """
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,4 +162,3 @@ TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (control_lane, message, coded_runs, hand_off, discard, status_request, trace_file)
 }
-logging.getLogger("gmemd.trace").setLevel(logging.CRITICAL)  # each damaged block is a warning

@@ -1,4 +1,7 @@
-"""A daemon for all tests of a module, and a small guest memory. To be named in `pytest_plugins`."""
+"""A daemon for all tests of a module, and a small guest memory. To be named in `pytest_plugins`.
+
+A module that marks itself `daemon(SETTINGS)` has them in the daemon's configuration.
+"""
 
 import random
 from collections.abc import Iterator
@@ -11,8 +14,9 @@ from support.source import COUNT, guest_content
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
+def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    marker = request.node.get_closest_marker("daemon")
+    with DaemonProcess(tmp_path_factory.mktemp("daemon"), marker.args[0] if marker else "") as daemon:
         yield daemon
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log.read_text()

@@ -7,6 +7,14 @@ from support.vmm import PAGE, Vmm
 COUNT = 16  # pages of the latter
 REGIONS = [[0, COUNT, 12]]
 
+# Of the daemon.
+SETTINGS = """
+[limits]
+regions = 4
+memory = "1G"
+state = "64K"
+"""
+
 
 class Neighbour:
     """A guest whose source sends only what it asks for."""

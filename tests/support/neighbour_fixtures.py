@@ -1,4 +1,5 @@
-"""A daemon that serves one guest while tests do it wrong. To be named in `pytest_plugins`.
+"""What a daemon that serves one guest is given while tests do it wrong. Named in `pytest_plugins` behind
+support.daemon_fixtures.
 
 After a test that uses `nobody_else_notices`, the neighbour's guest gets a page, from the session that it had before,
 and the daemon has no more descriptors than it had.
@@ -19,21 +20,6 @@ from support.pace import EMULATED
 from support.polling import eventually
 from support.source import SourceProcess, guest_content
 from support.vmm import PAGE, Vmm
-
-SETTINGS = """
-[limits]
-regions = 4
-memory = "1G"
-state = "64K"
-"""
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with DaemonProcess(tmp_path_factory.mktemp("daemon"), SETTINGS) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log.read_text()
 
 
 @pytest.fixture(scope="module")
