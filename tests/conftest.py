@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import wraps
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trio
 from support.pace import SLOWER
@@ -59,6 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaks(reason): leaves descriptors or threads behind on purpose")
     config.addinivalue_line("markers", "daemon(settings): of a module: what its daemon is configured with")
     config.addinivalue_line("markers", f"deadline(seconds): an async test that may take over {DEADLINE:g} s")
+    # The same inputs at each run, and none too slow: a host may have other work to do.
+    hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("steady")
     config.stash[SPENT] = defaultdict(float)
     os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import natively, targets
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.polling import PATIENCE
 
@@ -60,7 +60,6 @@ def near(draw: st.DrawFn, corpus: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_inputs_near_the_corpus(name: str) -> None:
-    @settings(deadline=None, derandomize=True, database=None)
     @given(data=near(CORPUS[name]) | st.binary(max_size=100))
     def run(data: bytes) -> None:
         targets.TARGETS[name](data)

@@ -5,7 +5,7 @@ import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from native_inside import ffi, inside
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from native_races import Races
 
 pytest_plugins = ["native_races"]
-
-# The same examples at each run, however long they take on a busy machine.
-steady = settings(deadline=None, derandomize=True)
 
 BITS = 4 * 64
 MOST = 64  # pages of a claim
@@ -79,10 +76,8 @@ class AgainstSet(RuleBasedStateMachine):
 
 
 TestAgainstSet = AgainstSet.TestCase
-TestAgainstSet.settings = steady
 
 
-@steady
 @given(mask=st.integers(0, ALL))
 def test_runs_of_a_mask(mask: int) -> None:
     """Walking the runs as the callers do covers each bit once; runs touch neither each other nor clear bits."""

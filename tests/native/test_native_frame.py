@@ -7,16 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native_frames import BEAT, CRC, MAGIC, PAGES, REQUEST, ZERO, Frame
 
 from gmemd.errors import LinkError, ProtocolError
 from gmemd.native import check, ffi, lib
 from gmemd.native.memory import Memory, Region
-
-# The same examples at each run, however long they take on a busy machine.
-steady = settings(deadline=None, derandomize=True)
 
 PAGE, HUGE = 4096, 2 << 20
 SMALL_PAGES, HUGE_PAGES = 1000, 3
@@ -58,7 +55,6 @@ def good_frames(draw: st.DrawFn) -> Frame:
     return frame.sealed(payload) if sealed else frame
 
 
-@steady
 @given(frame=good_frames())
 def test_round_trip(frame: Frame) -> None:
     """What is written reads back the same, by our decoder and by one made from the specification."""
@@ -206,7 +202,6 @@ def test_crc_vectors(function: Any) -> None:
         assert plain_crc32c(data) == crc
 
 
-@steady
 @given(data=st.binary(max_size=200), cut=st.integers(0, 200), shift=st.integers(0, 7))
 def test_crc_ways_agree(data: bytes, cut: int, shift: int) -> None:
     """The CPU's instruction, the tables and the plain definition; in one go and in two; at any alignment."""

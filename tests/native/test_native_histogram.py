@@ -6,14 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native_inside import inside, pointer
 
 from gmemd.native import ffi, lib
-
-# The same examples at each run, however long they take on a busy machine.
-steady = settings(deadline=None, derandomize=True)
 
 PRECISION = 1 / 16  # a bucket's width, as a part of its lower bound
 TOP = lib.gm_histogram_bound(lib.GM_BUCKETS - 1)
@@ -51,7 +48,6 @@ def test_bounds_rise_and_are_close() -> None:
     assert TOP > 15 * 60 * 10**9, "a quarter of an hour still has its own bucket"
 
 
-@steady
 @given(value=st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 2**12), st.integers(TOP - 2, TOP + 2)))
 def test_a_value_is_counted_in_the_bucket_around_it(value: int) -> None:
     histogram = Histogram()
