@@ -108,6 +108,18 @@ test-replay: $(INSTALLED) ## a recorded run replayed ten times: the same faults 
 test-timing: $(INSTALLED) ## what compares rates, and so needs a host with nothing else to do
 	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py $(ARGS)
 
+DEB_TOOLS := debhelper dh-python libssl-dev python3-dev python3-venv
+
+.PHONY: deb
+deb: $(INSTALLED) ## the Debian package, in build/deb
+	tools/lab/need $(DEB_TOOLS)
+	tools/package/build $(BIN)/python build/deb
+
+.PHONY: test-package
+test-package: deb ## the package's life under systemd: installed, used, upgraded half-way, removed
+	tools/lab/need systemd-container mmdebstrap
+	$(BIN)/python -m gmemd_tools.package build/deb/gmemd_*_amd64.deb build/package/debian.tar
+
 .PHONY: test-metrics
 test-metrics: $(INSTALLED) ## the scrape by a real Prometheus, which is installed for it
 	tools/lab/need prometheus

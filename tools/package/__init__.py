@@ -1,0 +1,1 @@
+"""The Debian package: how it is built, and its life under systemd."""

@@ -1,0 +1,168 @@
+"""`make test-package`: the life of the Debian package under a real systemd. __main__.py PACKAGE ARCHIVE."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gmemd_tools.package.machine import Machine
+
+EXAMPLE = Path(__file__).parents[2] / "docs/example_vmm.py"
+MIB = 1 << 20
+SIZE = 32 * MIB
+PATIENCE = 120.0
+# Slow enough that what is done meanwhile falls into the migration: the VMM does not read while it is stopped.
+RATE = "128K"
+
+
+def main(package: Path, archive: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, Machine(archive) as machine:
+        later = repacked(package, Path(folder))
+        for file in (package, later, EXAMPLE):
+            machine.put(file, f"/root/{file.name}")
+        installed(machine, package.name)
+        used(machine, "first", lambda: None)
+        used(machine, "second", lambda: upgraded(machine, later.name))
+        used(machine, "third", lambda: watchdog_bites(machine))
+        used(machine, "fourth", lambda: not_removed(machine))
+        removed(machine)
+
+
+def say(text: str) -> None:
+    print(f"package: {text}", flush=True)
+
+
+def expect(true: object, what: str) -> None:
+    if not true:
+        raise RuntimeError(f"not so: {what}")
+
+
+def until(look: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE
+    while not (found := look()):
+        expect(time.monotonic() < end, what)
+        time.sleep(0.2)
+    return found
+
+
+def repacked(package: Path, folder: Path) -> Path:
+    """The same under a later version."""
+    subprocess.run(["dpkg-deb", "-R", package, folder / "tree"], check=True)
+    control = folder / "tree/DEBIAN/control"
+    control.write_text(control.read_text().replace("\nVersion: ", "\nVersion: 1:"))
+    subprocess.run(["dpkg-deb", "-b", "-Znone", folder / "tree", folder / "later.deb"], check=True, capture_output=True)
+    return folder / "later.deb"
+
+
+def installed(machine: Machine, name: str) -> None:
+    machine.check("dpkg", "-i", f"/root/{name}")
+    version = machine.check("gmemd", "--version").strip()
+    expect(machine.check("systemctl", "is-active", "gmemd.service").strip() == "active", "the service runs")
+    expect("0 migrations" in until(lambda: status_text(machine), "a status text"), "systemctl status tells")
+    user = machine.check("stat", "-c", "%U", f"/proc/{main_pid(machine)}").strip()
+    expect(user == "gmemd", f"the daemon has its own user, not {user}")
+    for page in ("1 gmemd", "1 gmemd-source", "1 gmemd-replay", "5 gmemd.toml", "7 gmemd-protocol"):
+        machine.check("man", "--where", *page.split())
+    say(f"installed and started: {version}")
+
+
+def status_text(machine: Machine) -> str:
+    return machine.check("systemctl", "show", "-P", "StatusText", "gmemd.service").strip()
+
+
+def told(machine: Machine, name: str) -> dict[str, Any]:
+    """What the daemon says of a migration, {} if nothing or nobody is there."""
+    run = machine.run("gmemd", "status", "--json")
+    answer = json.loads(run.stdout) if run.returncode == 0 else {"migrations": [], "finished": []}
+    return next((m for m in answer["migrations"] + answer["finished"] if m["migration"] == name), {})
+
+
+def used(machine: Machine, name: str, meanwhile: Callable[[], None]) -> None:
+    """A migration in there, and what happens in the middle of it. The VMM hashes all of its memory at the end."""
+    content = os.urandom(SIZE)
+    (machine.root / "root/memory").write_bytes(content)
+    vmm = machine.start(
+        *("systemd-run", "--quiet", "--pipe", "--wait", f"--unit=vmm-{name}"),
+        *("python3", "/root/example_vmm.py", "/run/gmemd/gmemd.sock", name, str(SIZE)),
+    )
+    source = machine.start(
+        "gmemd-source", "127.0.0.1:7575", "--migration", name, "--file", "/root/memory", "--rate", RATE, "--json"
+    )
+    until(lambda: told(machine, name).get("phase") == "running", f"{name} runs")
+    machine.check("systemctl", "kill", "--signal=STOP", f"vmm-{name}.service")
+    meanwhile()
+    machine.check("systemctl", "kill", "--signal=CONT", f"vmm-{name}.service")
+    out, _ = vmm.communicate(timeout=PATIENCE)
+    sent, _ = source.communicate(timeout=PATIENCE)
+    expect(hashlib.sha256(content).hexdigest() in out, f"every byte of {name} is right: {out}")
+    expect(json.loads(sent.splitlines()[-1])["ok"], f"the source is content: {sent}")
+    ended = until(lambda: (m := told(machine, name)).get("phase") == "complete" and m, f"{name} is complete")
+    fields = machine.check("journalctl", "-o", "json", "-u", "gmemd", f"GMEMD_MIGRATION={name}").splitlines()
+    expect(any("complete" in json.loads(line)["MESSAGE"] for line in fields), "the journal has it by its field")
+    faults, recoveries = ended["counters"]["faults"], ended["recoveries"]
+    say(f"used: {name}, {SIZE // MIB} MiB, sha256 right, {faults} faults at the end, recoveries {recoveries}")
+
+
+def in_the_middle(machine: Machine, name: str, what: Callable[[], None]) -> None:
+    """The migration goes on before and after."""
+    before = told(machine, name)
+    expect(before["phase"] == "running" and before["pages_received"] < before["pages"], f"{name} is in the middle")
+    what()
+    until(lambda: told(machine, name), f"the daemon has {name} again")
+    expect(told(machine, name)["recoveries"] > before["recoveries"], f"{name} has gone through a recovery")
+
+
+def upgraded(machine: Machine, name: str) -> None:
+    pid = main_pid(machine)
+    in_the_middle(machine, "second", lambda: say(machine.check("dpkg", "-i", f"/root/{name}").splitlines()[-1]))
+    expect(main_pid(machine) != pid, "the daemon was started anew")
+    expect(machine.check("dpkg-query", "-W", "-f", "${Version}", "gmemd").startswith("1:"), "the later version")
+    say("upgraded in the middle of a migration")
+
+
+def main_pid(machine: Machine) -> str:
+    return machine.check("systemctl", "show", "-P", "MainPID", "gmemd.service").strip()
+
+
+def watchdog_bites(machine: Machine) -> None:
+    """A daemon that stands still is killed by its service manager, and its successor goes on."""
+    drop_in = "/run/systemd/system/gmemd.service.d/watchdog.conf"
+    (machine.root / "root/watchdog.conf").write_text("[Service]\nWatchdogSec=2\nTimeoutAbortSec=2\n")
+    machine.check("sh", "-c", f"mkdir -p $(dirname {drop_in}) && cp /root/watchdog.conf {drop_in}")
+    machine.check("systemctl", "daemon-reload")
+    machine.check("systemctl", "restart", "gmemd.service")
+    until(lambda: told(machine, "third").get("lanes"), "third goes on after the restart")
+
+    def stop() -> None:
+        pid = main_pid(machine)
+        machine.check("systemctl", "kill", "--signal=STOP", "gmemd.service")
+        until(lambda: main_pid(machine) not in (pid, "0"), "the watchdog has it started anew")
+
+    in_the_middle(machine, "third", stop)
+    expect("watchdog" in machine.check("journalctl", "-u", "gmemd").lower(), "the journal tells of the watchdog")
+    say("stood still, killed by the watchdog, gone on")
+
+
+def not_removed(machine: Machine) -> None:
+    run = machine.run("dpkg", "-r", "gmemd")
+    expect(run.returncode and "not complete" in run.stderr, "it is not removed under a guest that is incomplete")
+    expect(machine.check("systemctl", "is-active", "gmemd.service").strip() == "active", "the service still runs")
+    say("not removed under an incomplete guest")
+
+
+def removed(machine: Machine) -> None:
+    machine.check("dpkg", "--purge", "gmemd")
+    expect(machine.run("systemctl", "is-active", "gmemd.service").returncode, "the service has ended")
+    left = machine.check("find", "/usr/bin", "/usr/lib/gmemd", "/lib/systemd", "/run/gmemd", "-name", "*gmemd*")
+    expect(not left.strip(), f"nothing is left: {left}")
+    say("removed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
