@@ -106,7 +106,7 @@ test-replay: $(INSTALLED) ## a recorded run replayed ten times: the same faults 
 
 .PHONY: test-timing
 test-timing: $(INSTALLED) ## what compares rates, and so needs a host with nothing else to do
-	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py $(ARGS)
+	GMEMD_TIMING=1 $(BIN)/pytest -rP tests/test_demand_paging.py tests/test_recovery_many.py $(ARGS)
 
 DEB_TOOLS := debhelper dh-python libssl-dev python3-dev python3-venv
 

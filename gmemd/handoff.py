@@ -62,17 +62,17 @@ class Handoff:
     faults: int | None = None
 
 
-async def receive(sock: trio.socket.SocketType) -> tuple[bytes, Descriptors]:
+async def receive(sock: trio.socket.SocketType, flags: int = 0) -> tuple[bytes, Descriptors]:
     """One datagram and its descriptors; b"" when the peer has closed."""
     space = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
-    data, ancillary, flags, _ = await sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, found, _ = await sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC | flags)
     descriptors = Descriptors()
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds = array.array("i")
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
             descriptors.fds += fds
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors.fds) > MAX_DESCRIPTORS:
+    if found & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors.fds) > MAX_DESCRIPTORS:
         descriptors.close()
         raise _wrong(f"a message of more than {MAX_MESSAGE} bytes or {MAX_DESCRIPTORS} descriptors")
     return data, descriptors

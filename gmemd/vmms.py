@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -227,24 +228,34 @@ class VmmConnection:
             await self._tell({"abandoned": migration.why_abandoned})
 
     async def _listen(self, migration: IncomingMigration) -> None:
-        """What the VMM says later. That it closes its socket says nothing: its process may live on."""
+        """What the VMM says later. That it closes its socket says nothing: its process may live on. A message is taken
+        off the socket when it is answered, so that a successor finds one that is not."""
         while True:
             try:
-                data, descriptors = await handoff.receive(self.sock)
-                descriptors.close()
-                if not data:
-                    return
-                await self._discard(migration, handoff.parse_untrusted(data).get("discard"))
-            except GmemdError as error:
-                await self._tell({"error": str(error)})
+                try:
+                    data, descriptors = await handoff.receive(self.sock, socket.MSG_PEEK)
+                    descriptors.close()
+                    if not data:
+                        return
+                    await self._answer(migration, data)
+                except GmemdError as error:
+                    await self._tell({"error": str(error)})
+                await self.sock.recv(1)  # takes all of the message
             except OSError as error:
                 log.info("VMM: %s", error, extra={"migration": migration.name})
                 return
 
-    async def _discard(self, migration: IncomingMigration, ranges: object) -> None:
-        for some in handoff.ranges_untrusted(ranges, migration.memory.regions):
-            await trio.to_thread.run_sync(migration.destination.discard, *some, limiter=self.shared.lane_threads)
-        await self._tell({"discarded": True})
+    async def _answer(self, migration: IncomingMigration, data: bytes) -> None:
+        asked: dict[str, Any] = {}
+        try:
+            asked = handoff.parse_untrusted(data)
+            for some in handoff.ranges_untrusted(asked.get("discard"), migration.memory.regions):
+                await trio.to_thread.run_sync(migration.destination.discard, *some, limiter=self.shared.lane_threads)
+            answer: dict[str, object] = {"discarded": True}
+        except GmemdError as error:
+            answer = {"error": str(error)}
+        number = asked.get("id")
+        await self._tell(answer | ({"id": number} if type(number) is int else {}))
 
     async def _watch_process(self, migration: IncomingMigration) -> None:
         try:

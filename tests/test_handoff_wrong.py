@@ -220,4 +220,6 @@ def test_later_words_of_a_vmm(daemon: DaemonProcess, vmm: Vmm, name: str) -> Non
         assert vmm.expect("error")["error"].startswith(error)
     vmm.send({"discard": [[0, 2, 1], [0, 5, 3]]})
     assert vmm.receive() == {"discarded": True}
+    vmm.send({"discard": [[0, 2, 1]], "id": 7})
+    assert vmm.receive() == {"discarded": True, "id": 7}
     assert daemon.migration(name)["pages_received"] == 4

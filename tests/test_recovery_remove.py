@@ -55,6 +55,21 @@ async def test_a_removal_that_was_read_and_not_noted(kill_points: Path, tmp_path
         assert seen(vmm, removed) == []
 
 
+async def test_a_discard_without_an_answer_is_found_by_the_successor(kill_points: Path, tmp_path: Path) -> None:
+    environ = {"PYTHONPATH": str(kill_points), "PYTHONSAFEPATH": "1", "GM_KILL_POINT": "discarded:0"}
+    async with (
+        open_host(tmp_path, environ=environ) as host,
+        host.migration("balloon", PAGES) as (vmm, sender),
+        trio.open_nursery() as nursery,
+    ):
+        await vmm.tell({"discard": [[0, 8, 4]], "id": 1})
+        await killed(host.cast)
+        assert await vmm.hear() == {"discarded": True, "id": 1}
+        nursery.start_soon(sender.run)
+        await finish(vmm)
+        assert seen(vmm, range(8, 12)) == []
+
+
 @pytest.mark.parametrize("how", ["restart", "kill"])
 async def test_removed_before_between_and_after(how: str, tmp_path: Path) -> None:
     """By the balloon, and by a punch that the VMM tells of: before the daemon ends, while there is none, and after."""

@@ -258,4 +258,3 @@ class Session:
         log.info("lane %d: %s", number, error, extra={"migration": self.migration.name})
         if isinstance(error, ProtocolError) and self._tasks:
             self._tasks.stop(error)
-

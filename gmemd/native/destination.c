@@ -3,6 +3,7 @@
 #include "cleanup.h"
 #include "clock.h"
 #include "install.h"
+#include "kill_point.h"
 #include "memfile.h"
 #include "vcpus.h"
 
@@ -215,6 +216,7 @@ int gm_destination_discard(struct gm_destination *d, unsigned region, uint64_t f
     gm_install_events_end(d);
     error = gm_memfile_punch(r->fd, gm_file_offset(r, first), gm_bytes(r, count));
     gm_destination_kick(d);
+    gm_kill_point("discarded", 0);
     if (error)
         return gm_blame(ret, GM_KERNEL, -error, "region %u: discard of %llu pages from page %llu", region,
                         (unsigned long long)count, (unsigned long long)first);
