@@ -119,9 +119,7 @@ def test_files_that_hold_no_memory(run: Run, tmp_path: Path) -> None:
         ("a..b", r"a\.\.b:{port}: cannot connect: .*label empty or too long.*"),
     ],
 )
-def test_nobody_listens(
-    run: Run, tmp_path: Path, host: str, error: str, expect_log: Callable[[str], None]
-) -> None:
+def test_nobody_listens(run: Run, tmp_path: Path, host: str, error: str, expect_log: Callable[[str], None]) -> None:
     if "1" not in host:
         expect_log(f"guest memory goes to {re.escape(host)} as plain text, to whoever answers there")
     with socket.socket() as sock:

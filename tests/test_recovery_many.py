@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from support.recovery import Host, Sender, Vmm, content, open_host, order
 from gmemd.daemon import PAGER_THREAD
 
 TIMING = "GMEMD_TIMING" in os.environ
+AT_A_TIME = trio.CapacityLimiter(16)  # hand-offs
 ROOM = trio.CapacityLimiter(128)  # guests' threads
 pytestmark = pytest.mark.deadline(240 if TIMING else 30)
 
@@ -39,7 +40,10 @@ class Guest:
     async def live(self, host: Host) -> None:
         """The guest reads all its memory, and finds it right."""
         seed = self.rng.randrange(1 << 20)
-        async with host.migration(self.name, self.pages, seed=seed) as (vmm, sender), trio.open_nursery() as nursery:
+        async with AsyncExitStack() as stack:
+            async with AT_A_TIME:
+                vmm, sender = await stack.enter_async_context(host.migration(self.name, self.pages, seed=seed))
+            nursery = await stack.enter_async_context(trio.open_nursery())
             await TROUBLES[self.trouble](self, host, nursery, sender)
             assert (await vmm.hear())["ready"]
             for page in order(self.pages, self.rng):

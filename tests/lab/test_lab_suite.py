@@ -52,7 +52,12 @@ def test_the_page_tells_what_does_not_pass_everywhere() -> None:
         tests = [{"name": f"test_{n}", "outcome": o, "why": "lacking"} for n, o in (("a", "passed"), ("b", outcome))]
         measured = {"ratio": 0.71} if outcome == "passed" else {}
         return {
-            "name": name, "release": "7.2", "doctor": None, "tests": tests, "measured": measured, "broken": ["c.py"],
+            "name": name,
+            "release": "7.2",
+            "doctor": None,
+            "tests": tests,
+            "measured": measured,
+            "broken": ["c.py"],
             "seconds": 9.0,
         }
 
