@@ -79,6 +79,11 @@ fuzz: $(INSTALLED) ## every reader of foreign bytes, driven by coverage (ARGS=SE
 fuzz-daemon: $(INSTALLED) ## a live daemon among peers that send what is nearly right (ARGS='SESSIONS SEED')
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.sessions $(ARGS)
 
+.PHONY: syscalls
+syscalls: $(INSTALLED) ## finds the system calls that the daemon needs, for its unit
+	@tools/lab/need strace
+	@$(BIN)/python tools/syscalls.py
+
 .PHONY: demo
 demo: $(INSTALLED) ## a running KVM guest moves to another daemon, every page checked (ARGS=)
 	@$(BIN)/gmemd demo $(ARGS)

@@ -69,11 +69,13 @@ def serve(options: argparse.Namespace) -> int:
     import trio
 
     from gmemd.daemon import Daemon
+    from gmemd.native import keep_secret
 
     settings = config.load(options.config)
     if options.dump_config:
         print(config.dump(settings), end="")
         return 0
+    keep_secret()
     log.set_up()
     trio.run(Daemon(settings, options.fd_store).run)
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gmemd.errors import UnavailableError
 from gmemd.keeping import ENDED
+from gmemd.native import keep_secret
 
 MAX_DATAGRAM = 4096
 MAX_DESCRIPTORS = 253  # the kernel's limit of one message
@@ -133,6 +134,7 @@ def _start(path: Path) -> None:
 def main() -> None:
     """The process: a descriptor of its socket, and the path of that."""
     fd, path = sys.argv[1:]
+    keep_secret()
     with socket.socket(fileno=int(fd)) as inbox:
         Holder(inbox).run()
         Path(path).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
 from gmemd.migrate.tls import Secured
 from gmemd.migrate.wire import MAX_LANES, valid_id
+from gmemd.native import keep_secret
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
 
@@ -201,6 +202,7 @@ def _summary(migration: OutgoingMigration) -> dict[str, Any]:
 
 def send(options: argparse.Namespace) -> int:
     log.set_up(logging.INFO if options.verbose else logging.WARNING)
+    keep_secret()
     summary = trio.run(_send, options)
     if options.json:
         print(json.dumps(summary))

@@ -9,7 +9,7 @@ frames (gmemd/native/frame.h) once their hello has been answered.
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from reprlib import repr as shown  # of a peer's value: short, and not as deep as it may be
+from reprlib import repr as short  # and not as deep as it may be
 from typing import ClassVar, TypeGuard
 
 import msgpack
@@ -261,6 +261,11 @@ MESSAGES: dict[str, type[Message]] = {
     "failed": Failed,
 }
 NAMES = {cls: name for name, cls in MESSAGES.items()}
+
+
+def shown(value: object) -> str:
+    """A peer's value, for an error message. Bytes may be a guest's, and are not shown."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else short(value)
 
 
 def preamble() -> bytes:

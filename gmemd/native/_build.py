@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 # The order matters to cffi, which reads declarations one after another: types before their users.
 HEADERS = [
     "problem.h",
+    "secrecy.h",
     "uffd.h",
     "memfile.h",
     "stages.h",

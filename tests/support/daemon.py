@@ -1,19 +1,21 @@
 """`gmemd serve` as a process, with sockets in a folder of its own, and what can be seen of it from outside."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from gmemd import status
 from support.polling import PATIENCE, eventually
 
+PREFIX = "GMEMD_TEST_DAEMON_PREFIX"
 CONFIG = """
 [daemon]
 socket = "{folder}/gmemd.sock"
@@ -46,6 +48,7 @@ class Manager(threading.Thread):
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
+        path.chmod(0o666)  # for a daemon of another user
         self.start()
 
     def run(self) -> None:
@@ -69,9 +72,12 @@ class DaemonProcess:
         *,
         handed: Mapping[str, int] | None = None,
         sockets: str = "",
+        prefix: Sequence[str] | None = None,
     ) -> None:
-        """`handed`: listening sockets by name, as a service manager hands them in; `sockets`: more keys of [daemon]."""
+        """`handed`: listening sockets by name, as a service manager hands them in; `sockets`: more keys of [daemon];
+        `prefix`: a command that runs another, by default that in the environment, for what watches all daemons."""
         handed = handed or {}
+        prefix = shlex.split(os.environ.get(PREFIX, "")) if prefix is None else prefix
         self.folder = folder
         self.socket = folder / "gmemd.sock"
         self.status_socket = folder / "status.sock"
@@ -81,7 +87,7 @@ class DaemonProcess:
         self.manager = Manager(folder / "notify")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", HAND_IN, *map(str, handed.values()), "--config", str(self.config)],
+                [*prefix, sys.executable, "-c", HAND_IN, *map(str, handed.values()), "--config", str(self.config)],
                 env=os.environ | {"NOTIFY_SOCKET": str(self.manager.path), "LISTEN_FDNAMES": ":".join(handed)},
                 stdin=subprocess.DEVNULL,
                 stderr=log,

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -62,3 +63,30 @@ def open_folder() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+# Shows $1 … below a folder that others may not enter, in a mount namespace of its own.
+OPEN_UP = """
+set -e
+closed=$1 kept=$(mktemp -d); shift
+for path; do
+    shift
+    [ "$path" != -- ] || break
+    mkdir -p "$kept$path" && mount --bind "$path" "$kept$path"
+    paths="$paths $path"
+done
+mount -t tmpfs -o mode=755 none "$closed"
+for path in $paths; do mkdir -p "$path" && mount --bind "$kept$path" "$path"; done
+exec "$@"
+"""
+
+
+def runs_for_anybody() -> tuple[str, ...]:
+    """A prefix with which every user reaches the interpreter and this tree, where they lie in a folder of root."""
+    wanted = [Path(sys.base_prefix), Path(sys.prefix), Path(__file__).parents[2]]
+    closed = {folder for path in wanted for folder in path.parents if not folder.stat().st_mode & 0o001}
+    if not closed:
+        return ()
+    (top,) = [folder for folder in closed if not closed & set(folder.parents)]
+    inside = [str(path) for path in wanted if top in path.parents]
+    return ("unshare", "--mount", "sh", "-c", OPEN_UP, "sh", str(top), *inside, "--")
