@@ -107,7 +107,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     rig.far = ends[0];
     rig.destination = gm_destination_new(rig.guest.memory, 0, &problem);
     must(rig.destination);
-    rig.lane = gm_lane_new(rig.destination, 0, ends[1], checksum, &problem);
+    rig.lane = gm_lane_new(rig.destination, 0, ends[1], NULL, checksum, &problem);
     must(rig.lane);
     play(&rig, &in, how >> 4 & 1, checksum, pieces[how >> 5 & 3]);
     shutdown(rig.far, SHUT_WR);

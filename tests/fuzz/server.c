@@ -84,7 +84,7 @@ static uint64_t asked(const struct gm_memory *m, const unsigned char *data, size
 static void serve(struct gm_source *source, struct answers *a, int near, const unsigned char *data, size_t size)
 {
     struct gm_problem problem = {0};
-    struct gm_server *server = gm_server_new(source, near, a->checksum, 0, AHEAD, &problem);
+    struct gm_server *server = gm_server_new(source, near, NULL, a->checksum, 0, AHEAD, &problem);
     pthread_t reader;
 
     must(server);
