@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from gmemd.errors import DataError
 from gmemd.native.memory import Memory
 from gmemd.native.source import Order
-from gmemd.trace import TraceReader
+from gmemd.trace import RECORD, TraceHeader, TraceReader, TraceWriter
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +35,31 @@ def read(paths: Sequence[Path], memory: Memory) -> Order:
     if not told["pages"]:
         log.warning("%s: no page of this guest is in it: sent as without it", names)
     return order
+
+
+def merge(paths: Sequence[Path], output: Path) -> int:
+    """Writes one trace of several of one image: every page once, as soon after its trace's first fault as in the one
+    that had it soonest. Returns how many pages. `output` may be one of `paths`, and is whole at any time. DataError if
+    they are not of the same regions, or cannot be read or written."""
+    first: dict[tuple[int, int], tuple[int, int, int]] = {}  # of a region's page: time, thread, flags
+    origins: dict[TraceHeader, int] = {}  # the files of one rotating trace have the same header
+    for path in paths:
+        with TraceReader(path) as trace:
+            if origins and trace.header.regions != next(iter(origins)).regions:
+                raise DataError(f"{path}: not of the same regions as {paths[0]}")
+            origins.setdefault(trace.header, -1)
+            for time, page, thread, region, flags in RECORD.iter_unpack(b"".join(trace.blocks())):
+                if origins[trace.header] < 0:
+                    origins[trace.header] = time
+                touch = (max(time - origins[trace.header], 0), thread, flags)
+                first[region, page] = min(touch, first.get((region, page), touch))
+    header = next(iter(origins))
+    records = sorted((time, page, thread, region, flags) for (region, page), (time, thread, flags) in first.items())
+    part = output.with_name(f".{output.name}.part")
+    try:
+        with TraceWriter(part, header.migration, header.regions) as writer:
+            writer.add(b"".join(RECORD.pack(*record) for record in records))
+        part.replace(output)
+    except OSError as error:
+        raise DataError(f"{output}: {error.strerror}") from None
+    return len(records)

@@ -13,6 +13,7 @@ import trio
 from gmemd import __version__, cli, config, log, order, stages
 from gmemd.credentials import Credentials, Files
 from gmemd.errors import GmemdError, UsageError
+from gmemd.learning import Learner
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
 from gmemd.migrate.tls import Secured
@@ -66,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="TRACE",
         help="in the background, send first what the guest needed when this trace was recorded, in that order; "
         "may be repeated, for the files of a rotating trace from the oldest on",
+    )
+    top.add_argument(
+        "--learn",
+        type=Path,
+        metavar="TRACE",
+        help="follow this trace as with --order, if it is there, and add to it what the guest asked for all the same: "
+        "for an image that is sent again and again",
     )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
@@ -159,7 +167,8 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
         rate = config.parse_size(options.rate)
     except ValueError as error:
         raise UsageError(f"--rate {options.rate}: {error}") from None
-    order.must_be_traces(options.order)
+    orders = [*options.order, *([options.learn] if options.learn and options.learn.exists() else [])]
+    order.must_be_traces(orders)
     settings = LinkSettings(checksum=not options.no_checksum, poll_us=options.poll_us, ahead=options.ahead)
     guest: SendingGuest
     async with VmmGuest(options.vmm, to.migration) if options.vmm else FileGuest(options.file, options.gpa) as guest:
@@ -169,14 +178,19 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
         if options.stages:
             migration.memory.time_stages()
         try:
-            if options.order:
-                migration.source.follow(order.read(options.order, migration.memory))
+            if orders:
+                migration.source.follow(order.read(orders, migration.memory))
             async with trio.open_nursery() as nursery:
+                if options.learn:
+                    learner = Learner(options.learn, migration)
+                    nursery.start_soon(learner.run)
                 if sys.stderr.isatty() and not options.json:
                     nursery.start_soon(show_progress, migration)
                 await migration.run(options.patience)
                 nursery.cancel_scope.cancel()
             await guest.done()
+            if options.learn:
+                learner.keep()
             return _summary(migration)
         except* GmemdError as group:
             await guest.failed(str(group.exceptions[0]), resume=migration.may_resume)

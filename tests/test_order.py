@@ -12,9 +12,9 @@ from support.vmm import PAGE
 from gmemd.errors import DataError
 from gmemd.migrate import wire
 from gmemd.native.memory import Region
+from gmemd.order import merge
 from gmemd.trace import MARK, RECORD, TraceReader, TraceWriter
 from gmemd_tools.replay import cli
-from gmemd_tools.replay.merge import merge
 
 COUNT = 32
 GUEST = Region(offset=0, size=COUNT * PAGE, page_size=PAGE, gpa=0)
@@ -119,6 +119,32 @@ def test_what_is_no_trace_is_refused_before_anything_else(
     assert f"{path}: {why}" in errors
 
 
+def asked_for(destination: RawDestination, memory: Path, learnt: Path, *pages: int) -> list[int]:
+    """One migration in which the guest asks for these; returns what the background sent, in its order."""
+    options = ("--lanes", "1", "--rate", "1", f"--learn={learnt}")
+    with SourceProcess(destination.port, "m", "--file", memory, options=options) as source:
+        destination.join()
+        destination.take_switch()
+        first = list(destination.take_pages(1, 1))
+        for page in pages:
+            destination.ask(page)
+        destination.control.send(wire.Complete(COUNT))
+        assert source.result().code == 0
+    destination.hang_up()
+    return first
+
+
+def test_what_the_guest_asked_for_comes_first_the_next_time(
+    destination: RawDestination, memory: Path, tmp_path: Path
+) -> None:
+    learnt = tmp_path / "t"
+    assert asked_for(destination, memory, learnt, 20, 9, 20)[0] == 0
+    assert [page for _, page in pages_of(learnt)] == [20, 9]
+    assert asked_for(destination, memory, learnt, 3)[0] == 20
+    assert {page for _, page in pages_of(learnt)} == {20, 9, 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "t"]
+
+
 def pages_of(path: Path) -> list[tuple[int, int]]:
     with TraceReader(path) as reader:
         return [(fault.time_ns, fault.page) for fault in reader]
@@ -150,6 +176,6 @@ def test_files_of_one_rotating_trace_count_from_its_first_fault(tmp_path: Path) 
 
 def test_traces_of_different_regions_do_not_become_one(tmp_path: Path) -> None:
     other = Region(offset=0, size=PAGE, page_size=PAGE, gpa=0)
-    with pytest.raises(DataError, match="not traces of the same regions"):
+    with pytest.raises(DataError, match="2: not of the same regions as"):
         merge([trace(tmp_path / "1", [1]), trace(tmp_path / "2", [0], other)], tmp_path / "3")
     assert not (tmp_path / "3").exists()

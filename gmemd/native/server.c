@@ -114,6 +114,15 @@ static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t pa
 }
 
 /* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
+/* Writes down what the guest faulted on. */
+static void note(struct gm_trace *asked, const struct gm_frame *f)
+{
+    struct gm_trace_record record = {.time_ns = gm_now_ns(), .page = f->first, .region = f->region};
+
+    for (; asked && record.page < f->first + f->count; record.page++)
+        gm_trace_write(asked, &record);
+}
+
 static int take_request(struct gm_server *server, struct gm_problem *ret)
 {
     struct gm_source *source = server->sender.source;
@@ -130,6 +139,7 @@ static int take_request(struct gm_server *server, struct gm_problem *ret)
         gm_stamp(source->memory->stages, GM_STAGE_TAKEN, f.region, f.first);
         if (f.crc)
             gm_giveway_wait(&source->giveway, gm_now_ns(), f.crc, server->round_trip_us, source->n.sent_bytes);
+        note(source->asked, &f);
         gm_bitmap_set(r->claimed, f.first, f.count);
         if (gm_sender_add(&server->sender, r, f.first, f.count, ret) < 0)
             return -1;

@@ -24,9 +24,19 @@ struct gm_source *gm_source_new(struct gm_memory *m, struct gm_problem *ret)
 
 void gm_source_free(struct gm_source *s)
 {
-    if (s)
-        pthread_mutex_destroy(&s->lock);
+    if (!s)
+        return;
+    pthread_mutex_destroy(&s->lock);
+    gm_trace_free(s->asked);
     free(s);
+}
+
+struct gm_trace *gm_source_learn(struct gm_source *s, uint32_t records, struct gm_problem *ret)
+{
+    s->asked = gm_trace_new(records);
+    if (!s->asked)
+        gm_blame(ret, GM_KERNEL, ENOMEM, "trace of requests");
+    return s->asked;
 }
 
 void gm_source_counters(const struct gm_source *s, struct gm_source_counters *out)

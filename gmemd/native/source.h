@@ -11,6 +11,7 @@
 #include "memory.h"
 #include "order.h"
 #include "problem.h"
+#include "trace.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -47,6 +48,12 @@ void gm_source_skip(struct gm_source *s, unsigned region, uint64_t first, uint64
 void gm_source_follow(struct gm_source *s, const struct gm_order *order);
 
 /*
+ * From now on the pages that are asked for are written down, for gm_trace_read(). Before any lane is made; NULL when there is no
+ * memory for `records` of them, a power of two.
+ */
+struct gm_trace *gm_source_learn(struct gm_source *s, uint32_t records, struct gm_problem *ret);
+
+/*
  * Finds holes of a region's file and takes them out of what is to be sent: pairs (first page, pages) into `pairs`, `most` at the most,
  * from page *from on, which is moved past what was looked at. Returns how many pairs; fewer means that the end was reached.
  */
@@ -62,6 +69,7 @@ struct gm_source {
     const struct gm_order *order; /* or NULL */
     uint64_t run, into; /* where in the order: a run, and pages of it that are behind us */
     bool from_start; /* the cursor has come from the beginning, so nothing is left before it */
+    struct gm_trace *asked; /* or NULL; the urgent lane writes it */
     uint64_t rate, due_ns; /* with a rate: when what has been taken so far will have gone */
     struct gm_giveway giveway;
     bool insists;             /* the background gives way to nobody */

@@ -9,6 +9,8 @@ from gmemd.native._native import ffi, lib
 from gmemd.native.memory import RUNS_AT_ONCE, Memory, Region
 from gmemd.native.tls import Tls, native_of
 
+ASKED_RECORDS = 1 << 14  # between two looks of the event loop: 400 KiB
+
 
 class Order:
     """The order in which a guest is expected to need the pages of this memory, from the faults of traces."""
@@ -37,6 +39,8 @@ class Source:
         self.memory = memory
         self.native: Any = ffi.gc(checked(lib.gm_source_new, memory.native), lib.gm_source_free)
         self._order: Order | None = None  # which the native side reads
+        self._asked: Any = None
+        self._records: Any = None
 
     def follow(self, order: Order) -> None:
         """The background sends these pages first."""
@@ -46,6 +50,16 @@ class Source:
     def open(self) -> None:
         """What the memory holds is final: requests are answered from now on."""
         lib.gm_source_open(self.native)
+
+    def learn(self) -> None:
+        """From now on, what is asked for is written down. Before any lane is made."""
+        self._asked = checked(lib.gm_source_learn, self.native, ASKED_RECORDS)
+        self._records = ffi.new("struct gm_trace_record[]", ASKED_RECORDS)
+
+    def asked(self) -> bytes:
+        """The pages that were asked for since the last call, as `struct gm_trace_record`s."""
+        found = lib.gm_trace_read(self._asked, self._records, ASKED_RECORDS)
+        return bytes(ffi.buffer(self._records, found * ffi.sizeof("struct gm_trace_record"))) if found else b""
 
     def restart(self) -> None:
         """Begins anew: every page is to be sent."""

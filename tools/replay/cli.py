@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gmemd import __version__, cli, log
+from gmemd import __version__, cli, log, order
 from gmemd.errors import DataError, UnavailableError, UsageError
 from gmemd.native.memory import Region
 from gmemd.trace import TraceWriter
@@ -18,7 +18,6 @@ from gmemd_tools.network import conditions
 from gmemd_tools.replay import comparison, patterns, result, runfile, summary
 from gmemd_tools.replay.comparison import compare as compare_setups
 from gmemd_tools.replay.handler import Handler
-from gmemd_tools.replay.merge import merge as merge_traces
 from gmemd_tools.replay.recording import load
 from gmemd_tools.replay.run import replay
 from gmemd_tools.replay.setup import Setup
@@ -69,7 +68,7 @@ def record(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    merge_traces(options.traces, options.output)
+    order.merge(options.traces, options.output)
     return 0
 
 

@@ -114,6 +114,7 @@ class Ends:
             self.to,
             f"--migration={self.migration}",
             self.content or f"--vmm={self.source_socket}",
+            *(["--tls=off", "--plain-text-on-network"] if self._prefix else []),  # which does not leave this host
             "--json",
             *(["--no-background", "--ahead=0"] if self.setup.on_demand else []),
             *([f"--stages={self.setup.stages / 'source'}{SUFFIX}"] if self.setup.stages else []),
@@ -186,6 +187,8 @@ class Ends:
             "network": {"listen": self.listen},
         }
         if self._prefix:  # the addresses of a namespace are not loopback ones, but nothing leaves this host
+            ours["network"] |= {"tls": "off", "plain_text_on_network": True}
+        if self._prefix:
             ours["network"] |= {"tls": "off", "plain_text_on_network": True}
         if self.setup.stages:
             ours["trace"] = {"directory": str(self.setup.stages), "stages": True}
