@@ -45,10 +45,10 @@ class Stage(IntEnum):
 # What a stage ends.
 STEPS = {
     Stage.READ: "touched → fault read",
-    Stage.ASKED: "→ request sent",
-    Stage.TAKEN: "→ read at the source",
-    Stage.ANSWERED: "→ page sent",
-    Stage.ARRIVED: "→ page here",
+    Stage.ASKED: "→ request made",
+    Stage.TAKEN: "→ sent, read at source",
+    Stage.ANSWERED: "→ answer made",
+    Stage.ARRIVED: "→ sent, here",
     Stage.POPULATED: "→ in the memory file",
     Stage.CONTINUED: "→ continued",
     Stage.RUNNING: "→ running again",
@@ -118,10 +118,14 @@ def _follow(
     now = 0
     for stage in wanted:
         times = shared[stage] if stage in shared else [time for time, which in own if which is stage]
+        if stage is Stage.RUNNING:  # it may run before the call that woke it returns
+            now = at.get(Stage.POPULATED, now)
         place = bisect_left(times, now)
         if place == len(times):
             return None
         now = at[stage] = times[place]
+    if Stage.RUNNING in at and Stage.CONTINUED in at:
+        at[Stage.CONTINUED] = min(at[Stage.CONTINUED], at[Stage.RUNNING])
     return at
 
 

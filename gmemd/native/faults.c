@@ -43,8 +43,8 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
 
 int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
 {
-    bool any = port->out_start < port->out_end;
-
+    if (port->urgent && port->out_start < port->out_end)
+        gm_stamp(port->destination->memory->stages, GM_STAGE_ASKED, 0, 0);
     while (port->urgent && port->out_start < port->out_end) {
         struct iovec rest = {port->out + port->out_start, port->out_end - port->out_start};
         ssize_t put = gm_stream_write(&port->urgent->stream, &rest, 1);
@@ -55,8 +55,6 @@ int gm_faults_send(struct gm_port *port, struct gm_problem *ret)
             return 1;
         port->out_start += (size_t)put;
     }
-    if (any)
-        gm_stamp(port->destination->memory->stages, GM_STAGE_ASKED, 0, 0);
     return 0;
 }
 

@@ -172,7 +172,6 @@ static int answer(struct gm_server *server, struct gm_problem *ret)
     int waits = 0;
 
     do {
-        bool any;
         int left;
 
         while (server->end - server->start >= GM_HEADER_BYTES && (waits = take_request(server, ret)) == 0)
@@ -181,12 +180,11 @@ static int answer(struct gm_server *server, struct gm_problem *ret)
             return -1;
         if (gm_sender_empty(&server->sender) && atomic_exchange(&server->beat, false))
             gm_sender_beat(&server->sender);
-        any = !gm_sender_empty(&server->sender);
+        if (!gm_sender_empty(&server->sender))
+            gm_stamp(server->sender.source->memory->stages, GM_STAGE_ANSWERED, 0, 0);
         left = gm_sender_flush(&server->sender, ret);
         if (left)
             return left;
-        if (any)
-            gm_stamp(server->sender.source->memory->stages, GM_STAGE_ANSWERED, 0, 0);
     } while (waits);
     return 0;
 }

@@ -10,13 +10,14 @@
 #include <stdint.h>
 
 /* python */
-/* In the order of a fault. The guest's own are stamped by who touches; GM_STAGE_ASKED and _ANSWERED are of all that came before them. */
+/* In the order of a fault. The guest's own are stamped by who touches; GM_STAGE_ASKED and _ANSWERED are of all that came before them, and
+ * stamped before the send: the other end may have read what is sent before the call returns. */
 enum gm_stage {
     GM_STAGE_TOUCHED = 1,
     GM_STAGE_READ,      /* destination: the message was read */
-    GM_STAGE_ASKED,     /* destination: requests have been sent */
+    GM_STAGE_ASKED,     /* destination: requests are about to be sent */
     GM_STAGE_TAKEN,     /* source: the request was read */
-    GM_STAGE_ANSWERED,  /* source: answers have been sent */
+    GM_STAGE_ANSWERED,  /* source: answers are about to be sent */
     GM_STAGE_ARRIVED,   /* destination: the answer is there, whole */
     GM_STAGE_POPULATED, /* destination: its content is in place */
     GM_STAGE_CONTINUED, /* destination: who waits has been woken */

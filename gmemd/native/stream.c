@@ -3,10 +3,10 @@
 #include "clock.h"
 
 #include <errno.h>
-#include <stdatomic.h>
-#include <stdio.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <sys/socket.h>
 
 void gm_stream_init(struct gm_stream *s, unsigned lane, int socket, struct gm_tls *tls, const char *peer)

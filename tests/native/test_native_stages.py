@@ -64,7 +64,7 @@ def test_a_send_belongs_to_all_that_came_before_it() -> None:
     told = stages.summary(found)
     assert told["faults"] == 2
     assert told["steps"]["asked"] == {"mean_us": 1.5, "p50_us": 1.5}
-    assert "→ request sent" in stages.picture(told)
+    assert "→ request made" in stages.picture(told)
 
 
 @pytest.mark.parametrize("wrong", [b"", b"x" * 40, stages.HEADER.pack(stages.MAGIC, 1, 1)], ids=["empty", "x", "short"])

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from gmemd.stages import picture
 from gmemd_tools.bench import qemu
 from gmemd_tools.bench.limits import LIMITS, TOLERANCE
-from gmemd_tools.bench.measures import MEASURES, Figures, bench
+from gmemd_tools.bench.measures import MEASURES, SLOW, Figures, bench
 
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 MEMORY = 512 << 20
@@ -19,7 +20,8 @@ NUMBERS = ">12"
 def main() -> int:
     options = _options()
     runs: list[Figures] = []
-    chosen = [name for name in MEASURES if not options.only or name in options.only]
+    wanted = options.only or [name for name in MEASURES if not (options.quick and name in SLOW)]
+    chosen = [name for name in MEASURES if name in wanted]
     if (why := qemu.missing()) and "qemu" in chosen:
         print(f"bench: without QEMU: {why}", file=sys.stderr)
         chosen.remove("qemu")
@@ -30,13 +32,15 @@ def main() -> int:
                 runs[-1] |= MEASURES[name](b)
     _write(options.output, runs)
     _print_figures(runs)
+    _print_stages(runs)
     kept = _print_limits(runs)
     return 0 if kept or not options.check else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPETITIONS} repetitions, not {REPETITIONS}")
+    quick = f"{QUICK_REPETITIONS} repetitions, not {REPETITIONS}, of what there are limits for"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--repetitions", type=int, metavar="N")
     parser.add_argument("--memory", type=int, default=MEMORY >> 20, metavar="MIB", help="of the guests that move (512)")
     parser.add_argument("--only", action="append", choices=list(MEASURES), help="measure this; repeatable")
@@ -55,6 +59,17 @@ def _print_figures(runs: list[Figures]) -> None:
     for name in runs[0]:
         values = [run[name] for run in runs]
         print(f"{name:56}" + "".join(f"{f(values):{NUMBERS},.6g}" for f in (median, min, max)))
+
+
+def _print_stages(runs: list[Figures]) -> None:
+    """Where the time of a fault goes."""
+    steps: dict[str, dict[str, float]] = {}
+    for name in runs[0]:
+        stage, _, kind = name.removeprefix("stages: ").partition(", ")
+        if name.startswith("stages: ") and kind:
+            steps.setdefault(stage, {})[kind] = median(run[name] for run in runs)
+    if steps:
+        print("\n" + picture({"faults": sum(int(run["stages: faults"]) for run in runs), "steps": steps}))
 
 
 def _print_limits(runs: list[Figures]) -> bool:

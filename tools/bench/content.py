@@ -12,14 +12,16 @@ NUMBER_BYTES = 8
 
 
 @contextmanager
-def memory_file(size: int, seed: int = 0) -> Iterator[Path]:
-    """A file with `size` bytes of content; it is gone afterwards. Page p begins with p + 1, which touch.c checks."""
+def memory_file(size: int, content: int | None = None, seed: int = 0) -> Iterator[Path]:
+    """A file of `size` bytes, all of them content or the first `content`; it is gone afterwards. Page p begins with
+    p + 1, which touch.c checks."""
+    filled = size if content is None else content
     rest = random.Random(seed).randbytes(PAGE - NUMBER_BYTES)
     fd = os.memfd_create("bench-content")
     try:
         os.truncate(fd, size)
-        with mmap.mmap(fd, size) as memory:
-            for page in range(size // PAGE):
+        with mmap.mmap(fd, filled) as memory:
+            for page in range(filled // PAGE):
                 memory[page * PAGE : (page + 1) * PAGE] = (page + 1).to_bytes(NUMBER_BYTES, "little") + rest
         yield Path(f"/proc/{os.getpid()}/fd/{fd}")
     finally:

@@ -25,7 +25,9 @@ def missing() -> str | None:
     """Why there can be no link here, if so."""
     if os.geteuid():
         return "network namespaces need root"
-    return None if shutil.which("tc") and shutil.which("ip") else "ip and tc are not installed: apt-get install iproute2"
+    if not (shutil.which("tc") and shutil.which("ip")):
+        return "ip and tc are not installed: apt-get install iproute2"
+    return None
 
 
 @contextmanager

@@ -1,13 +1,19 @@
 """What is measured. Each measure runs once a repetition and returns figures by name: times in µs, rates by second."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gmemd.native import check, lib
+from gmemd.native.memory import Populate, native_populate
+from gmemd.stages import SUFFIX, faults, read, summary
 from gmemd_tools.bench import ours, qemu
-from gmemd_tools.bench.content import memory_file
+from gmemd_tools.bench.content import PAGE, memory_file
+from gmemd_tools.bench.link import missing as shaped_missing
+from gmemd_tools.bench.link import shaped
 from gmemd_tools.bench.programs import Result, run
 
 GIB = 1 << 30
@@ -16,6 +22,17 @@ FAULTS = 4000  # a run of the fault path; a p99 is then that of 40 faults
 FLOOR_THREADS = (1, 4)
 THREADS = (1, 2, 4, 8)
 LANES = (1, 2, 4)
+AHEAD = (0, 16, 63)  # pages at most; 16 is what a source does unless told otherwise
+THINK_NS = 20_000
+LINKS = (1000, 4000)  # Mbit/s
+LINK_THINK_NS = 200_000
+LINK_SETTINGS = 'tls = "off"\nplain_text_on_network = true\n'  # of [network]: nobody else is on it
+LINK_PLAIN = ("--tls", "off", "--plain-text-on-network")
+SIZES = (256 << 20, 1 << 30, 4 << 30, 16 << 30, 1 << 40)
+SPARSE_CONTENT = 64 << 20
+STAGES_MEMORY = 16 << 20  # each page of it a fault, after which the migration is over
+COST_MEMORY = 64 << 20
+BACKINGS = {"memfd": 0, "hugetlb": 2 << 20}
 PATTERNS = {"random": ("--random",), "sequential": ()}
 
 Figures = dict[str, float]
@@ -56,7 +73,7 @@ def idle(b: Bench) -> Figures:
     figures: Figures = {}
     for threads in THREADS:
         told = b.daemon.move(b.content, b.memory, "--random", "--touches", FAULTS, "--threads", threads,
-                             source=("--no-background",))  # fmt: skip
+                             source=("--no-background",), whole=False)  # fmt: skip
         figures |= _waits(f"idle, {threads} threads", told["guest"])
         figures["time to ready"] = told["ready_us"]
     return figures
@@ -86,6 +103,81 @@ def peer(b: Bench) -> Figures:
     return figures
 
 
+def thinking(b: Bench) -> Figures:
+    """The same guest beside QEMU's, when it does something with what it has read."""
+    figures: Figures = {}
+    for pattern, how in PATTERNS.items():
+        told = b.daemon.move(b.content, b.memory, *how, "--think-ns", THINK_NS)
+        name = f"thinking {pattern}"
+        figures |= _waits(name, told["guest"])
+        figures[f"{name}: share blocked"] = told["guest"]["wait_us"]["sum"] / told["source"]["duration_us"]
+        if not qemu.missing():
+            told = qemu.move(b.folder, b.memory, random=pattern == "random", think_ns=THINK_NS)
+            figures[f"QEMU {name}: mean"] = told["wait_us"]
+            figures[f"QEMU {name}: count"] = told["requests"]
+            figures[f"QEMU {name}: share blocked"] = told["blocked_share"]
+    return figures
+
+
+def ahead(b: Bench) -> Figures:
+    """What the window ahead brings, by how the guest walks; nothing else is sent."""
+    figures: Figures = {}
+    for pattern, how in {**PATTERNS, "every third": ("--stride", 3)}.items():
+        for window in AHEAD:
+            told = b.daemon.move(b.content, b.memory, *how, "--touches", FAULTS,
+                                 source=("--no-background", "--ahead", window), whole=False)["guest"]  # fmt: skip
+            figures[f"ahead {window}, {pattern}: faults"] = told["wait_us"]["count"]
+            figures[f"ahead {window}, {pattern}: µs a touch"] = told["touching_us"] / FAULTS
+    return figures
+
+
+def stages(b: Bench) -> Figures:
+    """Where the time of a fault goes, with nothing else on the line."""
+    folder = b.folder / "stages"
+    settings = f'[trace]\ndirectory = "{folder}"\nstages = true\n'
+    with memory_file(STAGES_MEMORY) as content, ours.daemon(folder, settings) as daemon:
+        daemon.move(content, STAGES_MEMORY, "--random", "--touches", STAGES_MEMORY // PAGE,
+                    "--stages", folder / f"guest{SUFFIX}",
+                    source=("--no-background", "--stages", folder / f"source{SUFFIX}"))  # fmt: skip
+    told = summary(faults(read(folder.glob(f"*{SUFFIX}"))))
+    figures = {"stages: faults": float(told["faults"])}
+    for step, took in told["steps"].items():
+        figures |= {f"stages: {step}, {kind}": value for kind, value in took.items()}
+    return figures
+
+
+def growth(b: Bench) -> Figures:
+    """What a larger guest costs: each with its own daemon, and with the same content, however large it is."""
+    figures: Figures = {}
+    for size in SIZES:
+        name = f"guest of {size / GIB:g} GiB, {SPARSE_CONTENT >> 20} MiB of it in use"
+        with memory_file(size, SPARSE_CONTENT) as content, ours.daemon(b.folder / "growth") as daemon:
+            before = ours.own_memory(daemon.process.pid)
+            told = daemon.move(content, size, "--touches", 1)
+            figures[f"{name}: time to ready"] = told["ready_us"]
+            figures[f"{name}: total"] = told["source"]["duration_us"]
+            figures[f"{name}: daemon's memory"] = max(0, told["daemon_memory"] - before)
+            figures[f"{name}: source's memory"] = told["source_memory"]
+    return figures
+
+
+def link(b: Bench) -> Figures:
+    """A guest that touches every 200 µs, over links with a rate; with a background that gives way, and without."""
+    figures: Figures = {}
+    for rate in LINKS if not shaped_missing() else ():
+        with shaped(rate) as line, ours.daemon(b.folder / "link", LINK_SETTINGS, line) as daemon:
+            name = f"link of {rate / 1000:g} Gbit/s"
+            told = daemon.move(b.content, b.memory, "--random", "--touches", FAULTS,
+                               source=(*LINK_PLAIN, "--no-background"), whole=False)  # fmt: skip
+            figures |= _waits(f"{name}, idle", told["guest"])
+            for how, options in {"gives way": (), "insists": ("--insist",)}.items():
+                told = daemon.move(b.content, b.memory, "--random", "--think-ns", LINK_THINK_NS,
+                                   source=(*LINK_PLAIN, *options))  # fmt: skip
+                figures |= _waits(f"{name}, {how}", told["guest"])
+                figures[f"{name}, {how}: total"] = told["source"]["duration_us"]
+    return figures
+
+
 def lanes(b: Bench) -> Figures:
     """The background alone, beside plain streams."""
     figures: Figures = {}
@@ -99,9 +191,29 @@ def lanes(b: Bench) -> Figures:
 
 
 def cost(b: Bench) -> Figures:
-    """What filling a memory file takes by itself."""
-    told = run("cost", "--memory", IDLE_MEMORY, "--source", b.content)
-    return {f"cost: {name}": told[name] * GIB / IDLE_MEMORY for name in told if name.endswith("_us")}
+    """What filling a memory file takes by itself, and what our ways to populate take beside it."""
+    figures: Figures = {}
+    for backing, huge in BACKINGS.items():
+        if huge and not free_huge_pages(COST_MEMORY // huge):
+            continue
+        told = run("cost", "--memory", COST_MEMORY, "--source", b.content, "--backing", backing)
+        figures |= {f"{backing}: {name}": told[name] * GIB / COST_MEMORY for name in told if name.endswith("_us")}
+        for way in Populate:
+            figures[f"{backing}: {way.value}_us"] = populate_us(way, huge) * GIB / COST_MEMORY
+    return figures
+
+
+def populate_us(way: Populate, huge_page: int, memory: int = COST_MEMORY) -> float:
+    """CPU time to fill a new memfd with `memory` bytes from a socket."""
+    fd = check(lib.gm_memfile_memfd, b"bench", memory, huge_page)
+    try:
+        return check(lib.gm_measure_populate, fd, native_populate(way), memory) / 1e3
+    finally:
+        os.close(fd)
+
+
+def free_huge_pages(wanted: int) -> bool:
+    return int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text()) >= wanted
 
 
 MEASURES: dict[str, Callable[[Bench], Figures]] = {
@@ -109,9 +221,18 @@ MEASURES: dict[str, Callable[[Bench], Figures]] = {
     "idle": idle,
     "busy": busy,
     "qemu": peer,
+    "thinking": thinking,
     "lanes": lanes,
+    "stages": stages,
+    "ahead": ahead,
+    "link": link,
+    "growth": growth,
     "cost": cost,
 }
+
+
+# What --quick does without.
+SLOW = {"thinking", "stages", "ahead", "link", "growth", "cost"}
 
 
 def _waits(name: str, told: Result) -> Figures:

@@ -35,7 +35,7 @@ class Daemon:
             f'[network]\nlisten = "{self.host}:0"\n{settings}'
         )
         self._log = (folder / "daemon.log").open("w")
-        command = [*(link.at_destination if link else ()), BIN / "gmemd", "serve", "--config", config]
+        command = [*(link.at_destination if link else ()), str(BIN / "gmemd"), "serve", "--config", str(config)]
         self.process = subprocess.Popen(command, stderr=self._log)
         self._port = self._wait_for_port()
 
@@ -44,8 +44,11 @@ class Daemon:
         self.process.wait(PATIENCE)
         self._log.close()
 
-    def move(self, content: Path, memory: int, *guest: object, source: tuple[object, ...] = ()) -> Result:
-        """Moves a guest of `memory` bytes that touches as `guest` says; what guest, sender and daemon have to tell."""
+    def move(
+        self, content: Path, memory: int, *guest: object, source: tuple[object, ...] = (), whole: bool = True
+    ) -> Result:
+        """Moves a guest of `memory` bytes that touches as `guest` says; what guest, sender and daemon have to tell. Not
+        `whole`: until the guest has made its touches, and no further."""
         self._migrations += 1
         name = f"bench-{self._migrations}"
         toucher = _Guest(self._socket, name, memory, *guest)
@@ -57,7 +60,7 @@ class Daemon:
             before = cpu_seconds(self.process.pid), cpu_seconds(sender.pid)
             result = {"guest": toucher.expect("guest"), "ready_us": toucher.ready_us}
             result["source_memory"] = own_memory(sender.pid)
-            if "--no-background" not in source:
+            if whole:
                 result["source"], cpu = sender.finish()
                 result["source_cpu_s"] = cpu - before[1]
             result["daemon_cpu_s"] = cpu_seconds(self.process.pid) - before[0]

@@ -35,15 +35,22 @@ def program(name: str) -> Path:
 
 
 @cache
-def qemu_guest(pages: int, *, random: bool) -> Path:
+def qemu_guest(pages: int, *, random: bool, think_ns: int = 0) -> Path:
     """Builds the guest for QEMU that touches so many pages; an ELF file of 32 bits, as multiboot wants it."""
+    cycles = int(think_ns * _tsc_mhz() / 1000)
     BUILT.mkdir(parents=True, exist_ok=True)
-    whole = BUILT / f"qemu-guest-{pages}-{'random' if random else 'sequential'}"
-    _compile([*BARE, f"-DPAGES={pages}", f"-DRANDOM={random:d}", "-T", str(HERE / "qemu_guest.ld"),
-              "-o", str(whole), str(HERE / "qemu_guest.c")])  # fmt: skip
+    whole = BUILT / f"qemu-guest-{pages}-{'random' if random else 'sequential'}-{think_ns}"
+    _compile([*BARE, f"-DPAGES={pages}", f"-DRANDOM={random:d}", f"-DTHINK_CYCLES={cycles}",
+              "-T", str(HERE / "qemu_guest.ld"), "-o", str(whole), str(HERE / "qemu_guest.c")])  # fmt: skip
     small = whole.with_suffix(".elf")
     subprocess.run(["objcopy", "-O", "elf32-i386", str(whole), str(small)], check=True)
     return small
+
+
+def _tsc_mhz() -> float:
+    """How fast the time stamp counter of this CPU is, about: what a guest without a clock has to think by."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")), 0.0)
 
 
 def run(name: str, *arguments: object) -> Result:

@@ -25,10 +25,10 @@ def missing() -> str | None:
     return None if shutil.which(QEMU) else f"{QEMU} is not installed: apt-get install qemu-system-x86"
 
 
-def move(folder: Path, memory: int, *, random: bool, preempt: bool = True) -> Result:
+def move(folder: Path, memory: int, *, random: bool, think_ns: int = 0, preempt: bool = True) -> Result:
     """Moves a guest of `memory` bytes; what QEMU says of it."""
     accelerator = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
-    kernel = qemu_guest(memory // PAGE - FIRST_PAGE, random=random)
+    kernel = qemu_guest(memory // PAGE - FIRST_PAGE, random=random, think_ns=think_ns)
     common = [QEMU, *ACCELERATORS[accelerator], "-m", f"{memory >> 20}M", "-display", "none", "-nodefaults",
               "-kernel", str(kernel), "-global", "isa-debugcon.iobase=0x402"]  # fmt: skip
     with ExitStack() as stack:

@@ -80,6 +80,22 @@ static void say(char letter)
     __asm__ volatile("outb %0, %1" : : "a"(letter), "Nd"((uint16_t)DEBUG_PORT));
 }
 
+static uint64_t cycles(void)
+{
+    uint32_t low, high;
+
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+    return (uint64_t)high << 32 | low;
+}
+
+static void think(void)
+{
+    uint64_t until = cycles() + THINK_CYCLES;
+
+    while (cycles() < until)
+        ;
+}
+
 __attribute__((used)) void guest(void)
 {
     unsigned half = pattern_half(PAGES);
@@ -93,5 +109,7 @@ __attribute__((used)) void guest(void)
 
         if (*first_word(page) != page + 1)
             say('W');
+        if (THINK_CYCLES)
+            think();
     }
 }
