@@ -190,6 +190,25 @@ def test_too_many_descriptors(daemon: DaemonProcess, count: int) -> None:
         assert told_error(vmm) == "a message of more than 131072 bytes or 64 descriptors: sent by the VMM"
 
 
+def test_one_userfaultfd_under_two_numbers(daemon: DaemonProcess) -> None:
+    """The same addresses of the same VMM may not be two regions, even of two files."""
+    with Vmm(COUNT * PAGE, COUNT * PAGE) as vmm:
+        regions = vmm.regions
+        regions[1] |= {"hva": regions[0]["hva"], "uffd": 3}
+        again = os.dup(vmm.uffd)
+        vmm.connect(daemon.socket)
+        vmm.send({"gmemd": 1, "receive": "bad", "regions": regions}, [*vmm.files, vmm.uffd, again])
+        os.close(again)
+        assert told_error(vmm) == "regions 0 and 1: their host addresses overlap: sent by the VMM"
+
+
+def test_one_file_under_two_numbers(daemon: DaemonProcess) -> None:
+    with Vmm(COUNT * PAGE, COUNT * PAGE) as vmm:
+        vmm.connect(daemon.socket)
+        vmm.send({"gmemd": 1, "receive": "bad", "regions": vmm.regions}, [vmm.files[0], vmm.files[0], vmm.uffd])
+        assert told_error(vmm) == "regions 0 and 1: their parts of one memory file overlap: sent by the VMM"
+
+
 def test_too_many_bytes(daemon: DaemonProcess) -> None:
     with Vmm(COUNT * PAGE) as vmm:
         vmm.connect(daemon.socket)
