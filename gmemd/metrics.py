@@ -59,6 +59,7 @@ def collect(registry: Registry, pager_turns: int) -> list[Family]:
         Family("gmemd_build_info", "gauge", "1, with the version.", [({"version": __version__}, 1.0)]),
         Family("gmemd_pager_turns_total", "counter", "Turns of the thread that answers faults.", [({}, pager_turns)]),
         Family("gmemd_migrations", "gauge", "Migrations that are here, by phase.", _phases(migrations)),
+        Family("gmemd_unusable", "gauge", "Guests that cannot be taken over.", [({}, len(registry.unusable))]),
         Family(
             "gmemd_migrations_ended_total",
             "counter",

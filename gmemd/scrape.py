@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 5.0
 READ = 4096
 SCRAPERS = 4  # at a time: who comes later waits, and is dropped if that takes too long
+WAITING = 16  # beyond these, whoever comes is dropped at once
 
 
 class Scrapes:
@@ -26,6 +27,8 @@ class Scrapes:
     async def serve(self, connection: trio.socket.SocketType) -> None:
         """Answers one request. Whoever stalls, or does not speak HTTP, is dropped."""
         async with trio.SocketStream(connection) as stream:
+            if self._places.statistics().tasks_waiting >= WAITING:
+                return
             with trio.move_on_after(TIMEOUT):
                 try:
                     async with self._places:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
@@ -25,7 +26,7 @@ from support.vmm import PAGE, Vmm
 from gmemd.exposition import PROTOBUF, SCHEMA, TEXT, Distribution, Family, protobuf, text
 from gmemd.metrics import CLASSIC_NS, distribution
 from gmemd.native.destination import BOUNDS_NS, Histogram
-from gmemd.scrape import READ, SCRAPERS, TIMEOUT, Scrapes
+from gmemd.scrape import READ, SCRAPERS, TIMEOUT, WAITING, Scrapes
 
 TREE = Path(__file__).parents[1]
 DASHBOARD = TREE / "docs/grafana/gmemd.json"
@@ -167,6 +168,20 @@ async def test_scrapers_that_stall_are_dropped(autojump_clock: trio.testing.Mock
         assert theirs.recv(READ).startswith(b"HTTP/1.1 200")
         with pytest.raises(BrokenPipeError):
             theirs.send(b"x")
+        theirs.close()
+
+
+async def test_too_many_scrapers_are_dropped_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    scrapes = Scrapes(list)
+    pairs = [socket.socketpair() for _ in range(SCRAPERS + WAITING + 1)]
+    async with trio.open_nursery() as nursery:
+        for ours, _ in pairs:
+            ours.setblocking(False)
+            nursery.start_soon(scrapes.serve, trio.socket.from_stdlib_socket(ours))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == SCRAPERS + WAITING
+    assert autojump_clock.current_time() == pytest.approx(TIMEOUT, abs=0.1)
+    for _, theirs in pairs:
         theirs.close()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
