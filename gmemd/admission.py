@@ -7,8 +7,9 @@ import trio
 
 from gmemd.config import Config, is_loopback
 from gmemd.credentials import Credentials, Files
-from gmemd.errors import ConfigError
+from gmemd.errors import ConfigError, LinkError, RefusedError
 from gmemd.migrate.tls import TlsStream, check_name, shake_hands
+from gmemd.migrate.wire import MAGIC
 from gmemd.native.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,15 @@ class Admission:
         self._rules = config.sources
 
     async def admit(self, transport: trio.SocketStream) -> TlsStream:
-        """The connection, once it is known whose it is."""
+        """The connection, once it is known whose it is. RefusedError for a source that talks in plain text, and so can
+        be told."""
+        with trio.move_on_after(self._timeout):
+            try:
+                first = await transport.socket.recv(1, trio.socket.MSG_PEEK)
+            except OSError as error:
+                raise LinkError(f"TLS: {error.strerror}") from None
+            if first == MAGIC[:1]:
+                raise RefusedError("it does not speak TLS, which has to be spoken here: sent by the source")
         return await shake_hands(transport, self._credentials.context(), self._timeout)
 
     def check(self, session: Tls, migration: str | None) -> None:

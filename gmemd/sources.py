@@ -65,6 +65,10 @@ class SourceConnections:
             about = {"once": (address.rpartition(":")[0], str(error)), "every": UNTRUSTED_SECONDS}
             log.warning("%s: refused: %s", address, error, extra=about)
             await self._see_off(stream)
+        except RefusedError as error:
+            log.warning("%s: refused: %s", address, error)
+            await self._tell(MessageStream(stream, Role.SOURCE, address), wire.Refused(str(error)))
+            await trio.aclose_forcefully(stream)
         except LinkError as error:
             log.info("%s: %s", address, error)
             await trio.aclose_forcefully(stream)

@@ -1,9 +1,9 @@
 """Throw-away certificates, made with the commands of docs/tls.md."""
 
 import subprocess
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from gmemd.errors import UnavailableError
 
@@ -18,8 +18,7 @@ class Party(Enum):
     DESTINATION = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """What one host shows, and what it trusts."""
 
     certificate: Path
