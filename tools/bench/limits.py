@@ -46,4 +46,7 @@ LIMITS = [
       for n in (1, 2, 4)),
     *(Limit(f"pages/s, {b} threads against {a}", f"idle, {b} threads: pages/s", f"idle, {a} threads: pages/s", 1.0,
             at_least=True) for a, b in ((1, 2), (2, 4), (4, 8))),
+    Limit("background throughput with TLS, against plain text", "TLS, 2 lanes: bytes/s", "plain, 2 lanes: bytes/s", 0.6,
+          at_least=True),
+    Limit("fault p50 with TLS, the same", "TLS, idle, 1 thread: p50", "plain, idle, 1 thread: p50", 1.3),
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from gmemd_tools.bench.content import PAGE, memory_file
 from gmemd_tools.bench.link import missing as shaped_missing
 from gmemd_tools.bench.link import shaped
 from gmemd_tools.bench.programs import Result, run
+from gmemd_tools.demo.certificates import Authority
 
 GIB = 1 << 30
 IDLE_MEMORY = 256 << 20  # of which only FAULTS pages are touched
@@ -190,6 +191,24 @@ def lanes(b: Bench) -> Figures:
     return figures
 
 
+def tls(b: Bench) -> Figures:
+    """The background and faults with TLS, each beside the same in plain text."""
+    figures: Figures = {}
+    identity = Authority(b.folder).issue("bench", "IP:127.0.0.1")
+    files = dict(zip(("certificate", "key", "ca"), map(str, identity), strict=True))
+    settings = "[tls]\n" + "".join(f'{name} = "{path}"\n' for name, path in files.items()) + 'peers = ["*"]\n'
+    shown = tuple(f"--{name}={path}" for name, path in files.items())
+    with ours.daemon(b.folder / "tls", settings) as guarded:
+        for name, daemon, source in ("plain", b.daemon, ()), ("TLS", guarded, shown):
+            told = daemon.move(b.content, b.memory, "--touches", 1, source=source)
+            told["destination_cpu_s"] = told["daemon_cpu_s"]
+            figures |= _throughput(f"{name}, 2 lanes", b.memory, told["daemon"]["running_s"], told)
+            quiet = ("--no-background", *source)
+            told = daemon.move(b.content, b.memory, "--random", "--touches", FAULTS, source=quiet)
+            figures |= _waits(f"{name}, idle, 1 thread", told["guest"])
+    return figures
+
+
 def cost(b: Bench) -> Figures:
     """What filling a memory file takes by itself, and what our ways to populate take beside it."""
     figures: Figures = {}
@@ -227,6 +246,7 @@ MEASURES: dict[str, Callable[[Bench], Figures]] = {
     "ahead": ahead,
     "link": link,
     "growth": growth,
+    "tls": tls,
     "cost": cost,
 }
 
