@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 from cffi import FFI
-from support.guest_memfd import moved, need, run_demo
+from support.guest_memfd import moved, need, need_files, run_demo
 
 from gmemd import probe, status
 from gmemd_tools.demo.cast import Cast
@@ -124,6 +124,7 @@ async def test_the_mapping_is_touched_while_vcpus_leave_for_pages(tmp_path: Path
 def test_a_kernel_without_it_is_told_what_to_do(backing: str, arguments: list[str], lacks: str) -> None:
     if getattr(probe, backing)().ok:
         pytest.skip("this kernel has it")
+    need_files()
     exit_status, said = run_demo(*arguments)
     assert exit_status == os.EX_UNAVAILABLE
     assert said["ok"] is False

@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from support.guest_memfd import need
+from support.guest_memfd import need, need_files
 from vmm_play import EX_UNAVAILABLE, PAGE, PATIENCE, Event, Guest, Sockets, Vmm, assert_right
 
 from gmemd import probe
@@ -48,6 +48,7 @@ def test_a_kernel_that_lacks_it(
 ) -> None:
     if getattr(probe, backing)().ok:
         pytest.skip("this kernel has it")
+    need_files()
     sides = {"source": ["--listen", sockets.source], "destination": ["--gmemd", sockets.daemon, "--migration", "m1"]}
     vmm = start(side, *sides[side], *MACHINE, *more)
     assert message in vmm.expect("error")["message"]

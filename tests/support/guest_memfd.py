@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from gmemd import probe
+from gmemd.errors import KernelError
+from gmemd.native import check, lib
 from support.pace import SLOWER
 
 SECONDS = 30 * SLOWER  # for a demo; half a minute in an emulated machine on a host that does nothing else
@@ -26,6 +28,14 @@ def need(backing: str) -> None:
         pytest.fail(f"{backing}: {able.why}", pytrace=False)
     if not able.ok:
         pytest.skip(f"{backing}: {able.why}")
+
+
+def need_files() -> None:
+    """Skips the test where the kernel has no guest_memfd that could be mapped, so that nothing else is lacking."""
+    try:
+        os.close(check(lib.gm_memfile_guest_memfd, 4096, lib.GM_GUEST_MEMFD_MMAP | lib.GM_GUEST_MEMFD_INIT_SHARED))
+    except KernelError as error:
+        pytest.skip(str(error))
 
 
 def run_demo(*arguments: str) -> tuple[int, dict[str, Any]]:
