@@ -39,6 +39,11 @@ static void begin_turn(struct gm_giveway *g, uint64_t now_ns, uint64_t sent)
     g->waits = g->late = 0;
 }
 
+void gm_giveway_queue(struct gm_giveway *g, uint32_t queue_us)
+{
+    atomic_store_explicit(&g->queue_us, queue_us, memory_order_relaxed);
+}
+
 void gm_giveway_wait(struct gm_giveway *g, uint64_t now_ns, uint32_t waited_us, uint32_t round_trip_us, uint64_t sent)
 {
     uint64_t turn_us = (now_ns - g->since_ns) / 1000, rate = atomic_load(&g->rate);
@@ -47,7 +52,7 @@ void gm_giveway_wait(struct gm_giveway *g, uint64_t now_ns, uint32_t waited_us, 
     if (turn_us > SILENCE_US)
         begin_turn(g, now_ns, sent);
     g->waits++;
-    g->late += waited_us > 2 * round_trip_us + SPARE_US;
+    g->late += waited_us > 2 * round_trip_us + SPARE_US && atomic_load(&g->queue_us) > SPARE_US;
     if (turn_us < TURN_US || turn_us > SILENCE_US)
         return;
     if (g->late * MANY > g->waits) {

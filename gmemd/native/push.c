@@ -58,8 +58,10 @@ static int flush(struct gm_push *p, struct gm_problem *ret)
 /* The kernel spaces what is sent: a pause between bursts would make whoever waits wait for a burst. */
 static void keep_to_rate(struct gm_push *p)
 {
+    struct gm_round_trip way = gm_stream_round_trip(&p->sender.stream);
     uint64_t rate = gm_source_lane_rate(p->sender.source);
 
+    gm_source_note_queue(p->sender.source, way.now_us - way.least_us);
     if (rate != p->rate)
         gm_stream_pace(&p->sender.stream, rate);
     p->rate = rate;

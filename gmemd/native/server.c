@@ -219,7 +219,7 @@ static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
 
 int gm_server_run(struct gm_server *server, struct gm_problem *ret)
 {
-    server->round_trip_us = gm_stream_round_trip_us(&server->sender.stream);
+    server->round_trip_us = gm_stream_round_trip(&server->sender.stream).least_us;
     while (!atomic_load(&server->stop)) {
         int full = answer(server, ret);
         int came = full ? 0 : fill(server, ret);

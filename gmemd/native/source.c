@@ -107,6 +107,11 @@ void gm_source_set_giveway(struct gm_source *s, int giveway)
     s->insists = !giveway;
 }
 
+void gm_source_note_queue(struct gm_source *s, uint32_t queue_us)
+{
+    gm_giveway_queue(&s->giveway, queue_us);
+}
+
 uint64_t gm_source_lane_rate(struct gm_source *s)
 {
     uint64_t rate = s->insists ? 0 : gm_giveway_rate(&s->giveway, gm_now_ns());

@@ -32,6 +32,8 @@ void gm_source_counters(const struct gm_source *s, struct gm_source_counters *ou
 void gm_source_set_rate(struct gm_source *s, uint64_t bytes_per_s);
 /* Whether the background gives way to faults (giveway.h); it does unless told not to. */
 void gm_source_set_giveway(struct gm_source *s, int giveway);
+/* What a background lane sends stands in a queue for so long. */
+void gm_source_note_queue(struct gm_source *s, uint32_t queue_us);
 /* Bytes a second that one background lane may send now to give way, 0 for no limit. */
 uint64_t gm_source_lane_rate(struct gm_source *s);
 /* How long the background has to hold its breath now, in µs. */

@@ -78,12 +78,14 @@ void gm_stream_pace(const struct gm_stream *s, uint64_t bytes_per_s)
         return;
 }
 
-uint32_t gm_stream_round_trip_us(const struct gm_stream *s)
+struct gm_round_trip gm_stream_round_trip(const struct gm_stream *s)
 {
     struct tcp_info info = {0};
     socklen_t size = sizeof info;
 
-    return getsockopt(s->socket, IPPROTO_TCP, TCP_INFO, &info, &size) < 0 ? 0 : info.tcpi_min_rtt;
+    if (getsockopt(s->socket, IPPROTO_TCP, TCP_INFO, &info, &size) < 0)
+        return (struct gm_round_trip){0};
+    return (struct gm_round_trip){.now_us = info.tcpi_rtt, .least_us = info.tcpi_min_rtt};
 }
 
 int gm_stream_ended(const struct gm_stream *s, ssize_t error, const char *where, struct gm_problem *ret)

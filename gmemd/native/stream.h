@@ -34,8 +34,11 @@ ssize_t gm_stream_write(struct gm_stream *s, const struct iovec *pieces, size_t 
 /* At most so many bytes a second from now on, evenly; 0 for no limit. */
 void gm_stream_pace(const struct gm_stream *s, uint64_t bytes_per_s);
 
-/* What the way there and back has taken at least, in µs; 0 if the socket cannot tell. */
-uint32_t gm_stream_round_trip_us(const struct gm_stream *s);
+/* What the way there and back takes now, and has taken at least, in µs; 0 if the socket cannot tell. */
+struct gm_round_trip {
+    uint32_t now_us, least_us;
+};
+struct gm_round_trip gm_stream_round_trip(const struct gm_stream *s);
 
 /* Says how it ended, as gm_blame() does. `where` is empty, or where in the talk that was. */
 int gm_stream_ended(const struct gm_stream *s, ssize_t error, const char *where, struct gm_problem *ret);
