@@ -13,7 +13,7 @@ from support.recovery import PAGE, Host, Sender, Vmm, content, open_host
 
 from gmemd import handoff, holder, notify
 
-pytestmark = pytest.mark.deadline(20)
+pytestmark = pytest.mark.deadline(40)
 
 PAGES = 64
 VERSION_AT, MESSAGES_AT, REGION_PAGES_AT = 8, 592, 856 + 8

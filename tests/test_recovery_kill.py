@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.builds import build
 
 from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo.cast import Cast
@@ -17,16 +16,12 @@ from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import empty_store, open_stage
 from gmemd_tools.soak.run import machine, sender_ended, until_known, verify
 
+pytest_plugins = ["support.kill_points"]
+
 POINTS = ("claimed", "half-populated", "populated", "marked", "continued")
 LIVES = 3
 # So slow that the guest asks for most pages itself, and writes to them as soon as it has them.
 RATE = 4 << 20
-
-
-@pytest.fixture(scope="module")
-def kill_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build of gmemd that has them."""
-    return build(tmp_path_factory.mktemp("kill-points"), "-DGM_KILL_POINTS")
 
 
 class Doomed:

@@ -5,21 +5,15 @@ from pathlib import Path
 
 import pytest
 import trio
-from support.builds import build
 from support.recovery import PAGE, Host, Vmm, content, open_host
 
 from gmemd_tools.demo.cast import Cast
 
+pytest_plugins = ["support.kill_points"]
 pytestmark = pytest.mark.deadline(20)
 
 PAGES = 256
 ZERO = bytes(PAGE)
-
-
-@pytest.fixture(scope="module")
-def kill_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build of gmemd that has them."""
-    return build(tmp_path_factory.mktemp("kill-points"), "-DGM_KILL_POINTS")
 
 
 async def finish(vmm: Vmm) -> None:

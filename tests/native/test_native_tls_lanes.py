@@ -78,8 +78,7 @@ def test_pages_arrive_however_they_are_cut(way: Populate, to_us: Wire, rng: rand
         lane = Lane(guest.destination, 1, to_us.near.fileno(), checksum=True, tls=to_us.tls)
         line = Line(lane, Far(to_us.far), to_us.near)
         data = b"".join(
-            pages(0, at, b"".join(content(page) for page in range(at, at + 64))) + beat()
-            for at in range(0, 256, 64)
+            pages(0, at, b"".join(content(page) for page in range(at, at + 64))) + beat() for at in range(0, 256, 64)
         )
         while data:
             cut = rng.choice([1, 31, 4096, 16384, 100_000])
