@@ -61,7 +61,7 @@ test-asan: FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-
 test-asan: export ASAN_OPTIONS := detect_leaks=0:abort_on_error=1
 test-asan: export PYTHONMALLOC := malloc
 test-tsan: FLAGS := -fsanitize=thread
-test-tsan: export TSAN_OPTIONS := halt_on_error=1
+test-tsan: export TSAN_OPTIONS := halt_on_error=1:suppressions=$(CURDIR)/tests/native/tsan.supp
 test-asan test-tsan: test-%: $(INSTALLED)
 	GMEMD_CFLAGS='$(FLAGS)' GMEMD_LDFLAGS='$(FLAGS)' \
 		$(BIN)/python setup.py --quiet build --build-base build/$* --build-lib build/$*/lib
