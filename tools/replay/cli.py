@@ -90,13 +90,14 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
+    if len(options.runs) > MOST_RUNS:
+        raise UsageError("report: one run, or two to be compared")
+    runs = [runfile.read(path) for path in options.runs]
     try:
         from gmemd_tools.report import page
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{error.name} is not installed: pip install 'gmemd[report]'") from None
-    if len(options.runs) > MOST_RUNS:
-        raise UsageError("report: one run, or two to be compared")
-    page.write([runfile.read(path) for path in options.runs], options.output, options.png)
+    page.write(runs, options.output, options.png)
     return 0
 
 
