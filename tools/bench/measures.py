@@ -204,7 +204,7 @@ def tls(b: Bench) -> Figures:
             told["destination_cpu_s"] = told["daemon_cpu_s"]
             figures |= _throughput(f"{name}, 2 lanes", b.memory, told["daemon"]["running_s"], told)
             quiet = ("--no-background", *source)
-            told = daemon.move(b.content, b.memory, "--random", "--touches", FAULTS, source=quiet)
+            told = daemon.move(b.content, b.memory, "--random", "--touches", FAULTS, source=quiet, whole=False)
             figures |= _waits(f"{name}, idle, 1 thread", told["guest"])
     return figures
 
