@@ -9,6 +9,9 @@ enum {
     SPARE_US = 150,      /* what both ends and a busy host need beside the round trip, twice */
     MANY = 4,            /* one in so many is late: those that a busy host alone delays are fewer */
     SLOWER_BY = 4,
+    SHARE = 4,      /* of what the line carries: one in so many is always the background's */
+    SHORT = 8,      /* a lane that is held back comes closer to its rate than one in so many */
+    BELIEVED = 4,   /* turns after which the line has become slower; before, the lanes may have had nothing to send */
     CALM = 3, /* turns in which the rate grows by a 16th, an 8th and a quarter; then by half */
 };
 
@@ -23,13 +26,24 @@ static uint64_t faster(uint64_t rate, unsigned calm)
     return rate > MOST_RATE ? 0 : rate;
 }
 
-/* `seen` is how fast it was: a limit above that has not been one. */
-static uint64_t slower(uint64_t rate, uint64_t seen)
+static void note_carried(struct gm_giveway *g, uint64_t rate, uint64_t seen)
 {
+    g->fell_short = seen < rate - rate / SHORT ? g->fell_short + 1 : 0;
+    if (seen > g->carried || g->fell_short >= BELIEVED)
+        g->carried = seen;
+}
+
+/* `seen` is how fast it was: a limit above that has not been one. */
+static uint64_t slower(struct gm_giveway *g, uint64_t rate, uint64_t seen)
+{
+    uint64_t least;
+
+    note_carried(g, rate, seen);
+    least = g->carried / SHARE > LEAST_RATE ? g->carried / SHARE : LEAST_RATE;
     if (!rate || rate > seen)
         rate = seen;
     rate -= rate / SLOWER_BY;
-    return rate < LEAST_RATE ? LEAST_RATE : rate;
+    return rate < least ? least : rate;
 }
 
 static void begin_turn(struct gm_giveway *g, uint64_t now_ns, uint64_t sent)
@@ -56,7 +70,7 @@ void gm_giveway_wait(struct gm_giveway *g, uint64_t now_ns, uint32_t waited_us, 
     if (turn_us < TURN_US || turn_us > SILENCE_US)
         return;
     if (g->late * MANY > g->waits) {
-        atomic_store(&g->rate, slower(rate, (sent - g->sent) * 1000000 / turn_us));
+        atomic_store(&g->rate, slower(g, rate, (sent - g->sent) * 1000000 / turn_us));
         g->calm = 0;
     } else {
         atomic_store(&g->rate, faster(rate, g->calm++));

@@ -3,8 +3,10 @@
  *
  * The destination says with each request how long the page before was waited for. That is held against what the way there and back
  * takes without us. A host that is busy makes waits long, too, and a slower background would not help: it is the background's own packets
- * that tell whether they stand in a queue. While they do, and many waits are longer than they need be, the background gets slower by a quarter; when they are not, it gets
- * faster, by more each time; and when nobody waits, it goes as fast as it can.
+ * that tell whether they stand in a queue. While they do, and many waits are longer than they need be, the background gets slower by a
+ * quarter, down to a quarter of what the line carries: that leaves no queue of ours, and what is late then, is late for other reasons, as
+ * behind a proxy, whose far side the kernel does not see. When they are not, it gets faster, by more each time; and when nobody waits, it
+ * goes as fast as it can.
  */
 #ifndef GM_GIVEWAY_H
 #define GM_GIVEWAY_H
@@ -16,8 +18,10 @@ struct gm_giveway {
     _Atomic uint64_t heard_ns; /* when somebody last waited */
     _Atomic uint32_t queue_us; /* that the background's packets stand in */
     uint64_t since_ns, sent;   /* when this turn began, and what had been sent then */
+    uint64_t carried;          /* bytes a second that the line carries, as far as was seen */
     unsigned waits, late;      /* in this turn */
     unsigned calm;             /* turns without many late ones, up to now */
+    unsigned fell_short;       /* turns in which the line, and not we, kept it slow, up to now */
 };
 
 /* The background's packets take so much longer than they need to. */

