@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import pytest
 import trio
+from support.pace import SLOWER
 from support.vmm import PAGE, Vmm
 
 from gmemd.errors import LinkError
@@ -20,7 +21,7 @@ from gmemd.sources import SourceConnections
 
 COUNT = 8
 REGIONS = [[0, COUNT, 12]]
-SETTINGS = LinkSettings(heartbeat=0.05, dead_after=0.3, handshake_timeout=5.0)
+SETTINGS = LinkSettings(heartbeat=0.05 * SLOWER, dead_after=0.3 * SLOWER, handshake_timeout=5.0 * SLOWER)
 
 
 class Host:
