@@ -9,7 +9,7 @@ from gmemd.notify import Notifier
 
 log = logging.getLogger(__name__)
 
-STATE, VMM, BLOB, DESCRIPTOR = "state", "vmm", "blob", "fd"
+STATE, VMM, BLOB, DIGESTS, DESCRIPTOR = "state", "vmm", "blob", "digests", "fd"
 # How it ended, for a source that has not heard it yet.
 ENDED = "ended"
 
@@ -17,19 +17,22 @@ ENDED = "ended"
 @dataclass(frozen=True, slots=True)
 class Kept:
     """One migration as it was kept: the state memfd, the VMM's connection, the VMM's descriptors in their first order,
-    and the VMM's own state if the VMM has not had it yet."""
+    the VMM's own state if the VMM has not had it yet, and digests of pages if there are any."""
 
     migration: str
     state: int
     vmm: int
     fds: list[int]
     blob: int | None
+    digests: int | None
 
     @property
     def parts(self) -> dict[str, list[int]]:
         """Its descriptors by what they are."""
         parts = {f"{DESCRIPTOR}{index}": [fd] for index, fd in enumerate(self.fds)}
-        return parts | {VMM: [self.vmm], STATE: [self.state]} | ({} if self.blob is None else {BLOB: [self.blob]})
+        some = {BLOB: self.blob, DIGESTS: self.digests}
+        parts |= {what: [fd] for what, fd in some.items() if fd is not None}
+        return parts | {VMM: [self.vmm], STATE: [self.state]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ def sort_out(stored: Mapping[str, list[int]], store: Notifier) -> tuple[list[Kep
 
 def _wrong_with(parts: Mapping[str, Sequence[int]]) -> str | None:
     descriptors = [f"{DESCRIPTOR}{index}" for index in range(len(parts))]
-    if unknown := sorted(set(parts) - {STATE, VMM, BLOB, *descriptors}):
+    if unknown := sorted(set(parts) - {STATE, VMM, BLOB, DIGESTS, *descriptors}):
         return f"{', '.join(unknown)}: no part that this gmemd knows"
     if several := sorted(what for what, fds in parts.items() if len(fds) != 1 and what != BLOB):
         return f"{', '.join(several)}: kept more than once"
@@ -136,7 +139,8 @@ def _put_together(migration: str, parts: Mapping[str, list[int]]) -> Kept:
     # A source sends the same state each time, so of several either will do.
     blob, *rest = parts.get(BLOB, [None])
     _close([fd for fd in rest if fd is not None])
-    return Kept(migration, parts[STATE][0], parts[VMM][0], fds, blob)
+    digests = parts.get(DIGESTS, [None])[0]
+    return Kept(migration, parts[STATE][0], parts[VMM][0], fds, blob, digests)
 
 
 def _let_go(migration: str, parts: Mapping[str, list[int]], store: Notifier) -> None:

@@ -12,13 +12,14 @@ import trio
 
 from gmemd import __version__, cli, config, log, order, stages
 from gmemd.credentials import Credentials, Files
-from gmemd.errors import GmemdError, UsageError
+from gmemd.errors import DataError, GmemdError, UsageError
 from gmemd.learning import Learner
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
 from gmemd.migrate.tls import Secured
 from gmemd.migrate.wire import MAX_LANES, valid_id
 from gmemd.native import keep_secret
+from gmemd.native.memory import Verdict
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
 
@@ -77,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--no-background", action="store_true", help="send nothing but what the guest there asks for")
     top.add_argument("--no-checksum", action="store_true", help="do not check every frame with a CRC-32C")
+    top.add_argument(
+        "--verify",
+        action="store_true",
+        help="after the end, have the destination compare what each page had when it was put in place with what it has "
+        "here; a difference ends in exit code 65",
+    )
     top.add_argument(
         "--stages", type=Path, metavar="FILE", help="write down when each of the latest faults was answered"
     )
@@ -157,11 +164,17 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
     secured = _secured(options, host)
     return Destination(
-        host, port, options.migration, options.lanes, background=not options.no_background, secured=secured
+        host,
+        port,
+        options.migration,
+        options.lanes,
+        background=not options.no_background,
+        secured=secured,
+        verify=options.verify,
     )
 
 
-async def _send(options: argparse.Namespace) -> dict[str, Any]:
+async def _send(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
     to = _to(options)
     try:
         rate = config.parse_size(options.rate)
@@ -191,7 +204,10 @@ async def _send(options: argparse.Namespace) -> dict[str, Any]:
             await guest.done()
             if options.learn:
                 learner.keep()
-            return _summary(migration)
+            if options.verify and migration.progress.verdict is None:
+                why = migration.progress.trouble or "the destination has not done it"
+                logging.getLogger(__name__).warning("complete, and not compared: %s", why)
+            return _summary(migration), migration.progress.verdict or Verdict()
         except* GmemdError as group:
             await guest.failed(str(group.exceptions[0]), resume=migration.may_resume)
             raise
@@ -211,15 +227,30 @@ def _summary(migration: OutgoingMigration) -> dict[str, Any]:
         "duration_us": round(((progress.completed or time.monotonic()) - progress.started) * 1e6),
         "recoveries": progress.recoveries,
         **migration.source.counters(),
+        **_comparison(migration),
+    }
+
+
+def _comparison(migration: OutgoingMigration) -> dict[str, int | bool]:
+    if not migration.to.verify:
+        return {}
+    verdict = migration.progress.verdict or Verdict(left_out=migration.memory.pages)
+    return {
+        "ok": not verdict.mismatches,
+        "verified": verdict.verified,
+        "left_out": verdict.left_out,
+        "mismatches": verdict.mismatches,
     }
 
 
 def send(options: argparse.Namespace) -> int:
     log.set_up(logging.INFO if options.verbose else logging.WARNING)
     keep_secret()
-    summary = trio.run(_send, options)
+    summary, verdict = trio.run(_send, options)
     if options.json:
         print(json.dumps(summary))
+    if verdict.mismatches:
+        raise DataError(f"migration {options.migration}: {verdict}: found by the destination")
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -80,6 +81,7 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "stuck": report.stuck,
         "stuck_us": int(1e6 * (end - report.stuck_since)) if report.stuck_since else 0,
         "link": report.link,
+        **comparison(migration),
         "fault_latency_us": migration.destination.latency_us(),
         "waits": [
             {
@@ -94,6 +96,12 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "threads": _threads(migration, waits, now_ns)[:THREADS_TOLD],
         "counters": migration.destination.counters(),
     }
+
+
+def comparison(migration: IncomingMigration) -> dict[str, Any]:
+    """What came of the comparison after the end."""
+    verdict = migration.report.verdict
+    return {"verify": asdict(verdict) if verdict else None}
 
 
 def _counted(migration: IncomingMigration) -> tuple[int, int, int]:

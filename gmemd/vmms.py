@@ -15,7 +15,7 @@ from gmemd.callers import Caller, VmmRules
 from gmemd.config import Config
 from gmemd.errors import GmemdError, HandoffError, KernelError, PermissionRefusedError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
-from gmemd.keeping import BLOB, ENDED, Keeper, Kept
+from gmemd.keeping import BLOB, DIGESTS, ENDED, Keeper, Kept
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.tasks import open_tasks
@@ -26,7 +26,7 @@ from gmemd.notify import Notifier
 from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
-from gmemd.status import snapshot
+from gmemd.status import comparison, snapshot
 from gmemd.tracing import record, record_stages
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ class VmmConnection:
                 name = memory.migration
                 memory.close()
                 raise HandoffError(f"the state is of another migration: {handoff.shown(name)}")
+            if kept.digests is not None:
+                _take_digests(memory, kept.digests)
             migration = self._migration(memory, keeper, kept.fds)
             blob = None if kept.blob is None else handoff.content(kept.blob)
 
@@ -145,13 +147,14 @@ class VmmConnection:
         finally:
             if trace.directory and trace.stages:
                 record_stages(migration, trace.directory)
-            if migration.ended.is_set():
-                self._remember(migration, keeper)
+            ended = self._remember(migration, keeper) if migration.ended.is_set() else None
             with trio.CancelScope(shield=True):
                 if await migration.close():
                     keeper.forget(ENDED)
+            if ended:
+                ended.told.update(comparison(migration))
 
-    def _remember(self, migration: IncomingMigration, keeper: Keeper) -> None:
+    def _remember(self, migration: IncomingMigration, keeper: Keeper) -> Finished:
         """What is kept of the guest is let go; how it ended is kept instead, until the source knows."""
         ended = Finished(
             migration.name,
@@ -168,6 +171,7 @@ class VmmConnection:
             with handoff.memory_file("gmemd-ended", ended.record()) as fd:
                 keeper.keep(ENDED, fd)
         keeper.forget_guest()
+        return ended
 
     def _take_memory(self, asked: Handoff, fds: list[int]) -> Memory:
         """Checks what was handed over. Off the event loop: a large file takes a while to look at."""
@@ -204,6 +208,7 @@ class VmmConnection:
             owner=self.caller.uid,
             state_limit=config.limits.state,
             keep_state=keep_state,
+            keep_digests=lambda fd: keeper.keep(DIGESTS, fd),
             trace=config.trace.directory is not None,
         )
         if vcpus := memory.note(Note.VCPUS):
@@ -290,6 +295,14 @@ def _start(migration: IncomingMigration, kinds: list[int]) -> None:
                 "or run a kernel that has it (`make lab-kernel` builds one); `gmemd doctor` tells what this one can do"
             ) from None
         raise
+
+
+def _take_digests(memory: Memory, fd: int) -> None:
+    """Those of a predecessor. Without, pages that came under it are left out of the comparison; no guest waits."""
+    try:
+        memory.keep_digests(fd)
+    except GmemdError as error:
+        log.warning("%s", error, extra={"migration": memory.migration})
 
 
 def _populate(migration: IncomingMigration) -> str:

@@ -45,6 +45,7 @@ class Host:
             owner=0,
             state_limit=1000,
             keep_state=lambda _: None,
+            keep_digests=lambda _: None,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:

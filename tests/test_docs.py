@@ -148,8 +148,12 @@ def test_fields_have_the_documented_bounds(name: str) -> None:
         for value in bad:
             with pytest.raises(ProtocolError, match=f"bad {field}|exceeds max"):
                 wire.decode_untrusted(msgpack.packb({"type": name} | sound | {field: value}))
+        without = msgpack.packb({"type": name} | {key: sound[key] for key in sound if key != field})
+        if field == "verify":
+            assert getattr(wire.decode_untrusted(without), field) is False
+            continue
         with pytest.raises(ProtocolError, match=f"bad {field}|exceeds max"):
-            wire.decode_untrusted(msgpack.packb({"type": name} | {key: sound[key] for key in sound if key != field}))
+            wire.decode_untrusted(without)
 
 
 def test_the_conversation_is_that_of_the_code() -> None:
@@ -246,6 +250,7 @@ def test_times_and_limits_are_those_of_the_code() -> None:
     assert limits["piece of state"] == f"{wire.STATE_PIECE >> 10} KiB"
     assert limits["pages of a frame"] == str(lib.GM_FRAME_PAGES)
     assert limits["payload of a frame"] == f"{(1 << lib.GM_MAX_PAGE_SHIFT) >> 20} MiB"
+    assert limits["digests of a message"] == str(wire.DIGESTS)
     assert limits["background lanes"] == str(wire.MAX_LANES)
     assert limits["waits at a time"] == str(lib.GM_MAX_WAITS)
 

@@ -33,6 +33,8 @@ EXAMPLES: dict[type[wire.Message], wire.Message] = {
         wire.Pushed(),
         wire.Beat(),
         wire.Complete(1),
+        wire.Digests(0, 0, bytes(4)),
+        wire.Verified(1, 0, 0, 0, 0),
         wire.Failed("end"),
     )
 }

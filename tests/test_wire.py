@@ -76,6 +76,7 @@ def test_the_largest_of_each_kind_fits(kind: type[wire.Message]) -> None:
         "token": bytes(wire.TOKEN_BYTES),
         "checksum": True,
         "switched": True,
+        "verify": True,
         "regions": [[2**63, 2**40, 30]] * wire.MAX_REGIONS,
         "why": "\U0001f427" * wire.MAX_TEXT,
         "region": wire.MAX_REGIONS - 1,
@@ -84,6 +85,12 @@ def test_the_largest_of_each_kind_fits(kind: type[wire.Message]) -> None:
         "piece": bytes(wire.STATE_PIECE),
         "size": 2**32,
         "pages": 2**44,
+        "first": 2**40,
+        "digests": bytes(wire.DIGESTS * wire.DIGEST_BYTES),
+        "verified": 2**44,
+        "left_out": 2**44,
+        "mismatches": 2**44,
+        "page": 2**40,
     }
     message = kind(**{name: largest[name] for name in kind.CHECKS})
     assert list(decoded(stream(message))) == [message]

@@ -10,7 +10,7 @@ from pathlib import Path
 TREE = Path(__file__).parents[1]
 UNIT = TREE / "systemd/gmemd.service"
 TESTS = ("test_daemon*.py", "test_handoff*.py", "test_fuzz_daemon.py", "test_metrics.py", "test_guest_memfd.py")
-PREFIX = 'sh -c \'exec strace -D -f -qq --seccomp-bpf -c -U name -S name -o {folder}/$$ "$@"\' strace'
+PREFIX = "sh -c 'exec strace -D -f -qq --seccomp-bpf -c -U name -S name -o {folder}/$$ \"$@\"' strace"
 HEADINGS = {"syscall", "total"}
 # These do not return to be counted, or are the kernel's own doing.
 UNCOUNTED = {"exit", "exit_group", "restart_syscall", "rt_sigreturn", "execve"}

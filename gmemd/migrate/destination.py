@@ -14,7 +14,7 @@ from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
 from gmemd.migrate.session import SPACE_SECONDS, Session
 from gmemd.migrate.tasks import open_tasks
 from gmemd.native.destination import Destination, Pager
-from gmemd.native.memory import Memory, Note
+from gmemd.native.memory import Memory, Note, Verdict
 from gmemd.rates import Rates
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Report:
     stuck_since: float | None = None
     link: str | None = None  # why there is no source, while there is none
     peer: str | None = None  # what the latest source has shown, with TLS
+    verdict: Verdict | None = None  # of the comparison after the end
 
 
 class IncomingMigration:
@@ -57,6 +58,7 @@ class IncomingMigration:
         owner: int,
         state_limit: int,
         keep_state: Callable[[bytes], None],
+        keep_digests: Callable[[int], None],
         trace: bool = False,
     ) -> None:
         self.name = name
@@ -67,6 +69,7 @@ class IncomingMigration:
         self.owner = owner  # the VMM's user
         self.state_limit = state_limit
         self.keep_state = keep_state  # for a successor, in case the VMM does not get it from us
+        self._keep_digests = keep_digests  # for a successor, too
         self.destination = Destination(memory, trace=trace)
         self.phase = Phase.WAITING
         self.report = Report()
@@ -136,6 +139,8 @@ class IncomingMigration:
                 heard = await session.finish()
             gone = AbandonedError(self.why_abandoned) if self.phase is Phase.ABANDONED else None
             await session.stop(gone)
+        if self.phase is Phase.COMPLETE and self.memory.digests_fd >= 0 and not self.report.verdict:
+            log.warning("complete, and not compared: the source has gone", extra={"migration": self.name})
         self.pager.remove(self.destination)
         self.destination.close()
         self.memory.close()
@@ -179,6 +184,22 @@ class IncomingMigration:
         self.memory.set_note(Note.SWITCHED, 1)
         self._run_guest()
         self.pager.ask(self.destination)  # what the VMM itself has touched: the source passed over requests until now
+
+    async def keep_digests(self) -> bool:
+        """Keeps in mind from now on what pages have when they are put in place; returns whether that can be done."""
+        if self.memory.digests_fd < 0:
+            try:
+                await trio.to_thread.run_sync(self.memory.keep_digests)
+            except GmemdError as error:
+                log.warning("nothing will be compared: %s", error, extra={"migration": self.name})
+                return False
+            self._keep_digests(self.memory.digests_fd)
+        return True
+
+    def compared(self, verdict: Verdict) -> None:
+        """The source has what came, or not."""
+        self.report.verdict = verdict
+        log.log(logging.ERROR if verdict.mismatches else logging.INFO, "%s", verdict, extra={"migration": self.name})
 
     def _run_guest(self) -> None:
         self.phase = Phase.RUNNING

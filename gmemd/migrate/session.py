@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import trio
@@ -17,6 +18,7 @@ from gmemd.migrate import runs, wire
 from gmemd.migrate.link import ControlLane, MessageStream
 from gmemd.migrate.state import Phase
 from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd.migrate.verify import Comparison
 from gmemd.native.destination import Lane
 
 if TYPE_CHECKING:
@@ -60,8 +62,10 @@ class Session:
         self.epoch = epoch
         self.token = secrets.token_bytes(wire.TOKEN_BYTES)
         self.checksum = hello.checksum and migration.settings.checksum
+        self.comparison: Comparison | None = None  # where it was asked for
         self.over = trio.Event()
         self.lanes: dict[int, PageLane] = {}
+        self._verify = hello.verify
         self._heard = hello.epoch, hello.token  # of what went before, by its source
         self._expected = set(range(hello.lanes + 1))
         self._all_there = trio.Event()
@@ -90,14 +94,26 @@ class Session:
         await self.over.wait()
 
     async def finish(self) -> bool:
-        """Tells the source that nothing is missing. Returns whether it has heard: then it hangs up."""
+        """Tells the source that nothing is missing. Returns whether it has heard: then it hangs up, or has pages
+        compared, for as long as that takes."""
         with trio.move_on_after(self.migration.settings.dead_after), suppress(GmemdError):
             await self.control.send(wire.Complete(self.migration.memory.pages))
-            await self.over.wait()
-        heard = self.over.is_set()
+            if not self.comparison:
+                await self.over.wait()
+        if self.comparison:
+            await self._wait_for(self.comparison)
+        heard = self.comparison.taken > 0 if self.comparison else self.over.is_set()
         if self._tasks:
             self._tasks.stop()
         return heard
+
+    async def _wait_for(self, comparison: Comparison) -> None:
+        """Until the source has hung up, or is alive and sends nothing to compare."""
+        seen = -1
+        while not self.over.is_set() and comparison.taken != seen:
+            seen = comparison.taken
+            with trio.move_on_after(self.migration.settings.handshake_timeout):
+                await self.over.wait()
 
     async def attach(self, hello: wire.LaneHello, messages: MessageStream) -> None:
         """Takes a page lane in, in place of one with the same number."""
@@ -124,7 +140,10 @@ class Session:
     async def _open(self) -> None:
         """Lets the source in: page lanes first, then what is here already."""
         migration = self.migration
-        await self.control.send(wire.Welcome(self.epoch, self.token, self.checksum, migration.switched))
+        if self._verify and await migration.keep_digests():
+            self.comparison = Comparison(migration.memory, migration.lane_threads)
+        verify = self.comparison is not None
+        await self.control.send(wire.Welcome(self.epoch, self.token, self.checksum, migration.switched, verify))
         with trio.move_on_after(migration.settings.handshake_timeout):
             await self._all_there.wait()
         if not self._all_there.is_set():
@@ -155,6 +174,8 @@ class Session:
             elif isinstance(message, wire.Pushed):
                 assert self._tasks is not None
                 self._tasks.start(self._look_for_lost)
+            elif isinstance(message, wire.Digests):
+                await self._compare(message)
             elif isinstance(message, wire.Failed):
                 raise LinkError(f"the source gave up: {message.why}")
 
@@ -187,6 +208,13 @@ class Session:
 
         await trio.to_thread.run_sync(take, limiter=self.migration.lane_threads)
 
+    async def _compare(self, message: wire.Digests) -> None:
+        if self.comparison is None:
+            raise ProtocolError("control lane: digests, and nothing is to be compared: sent by the source")
+        if verdict := await self.comparison.take(message):
+            self.migration.compared(verdict)
+            await self.control.send(wire.Verified(**asdict(verdict)))
+
     async def _look_for_lost(self) -> None:
         """The source has sent all. What is not here when the lanes have fallen quiet was lost, and is asked for
         again."""
@@ -206,7 +234,7 @@ class Session:
         settings = self.migration.settings
         while True:
             await trio.sleep(settings.heartbeat)
-            if self.control.conversation.phase is Phase.ENDED:
+            if self.control.conversation.phase is Phase.ENDED and not self.comparison:
                 return
             with trio.move_on_after(settings.dead_after) as sending:
                 await self.control.send(wire.Beat())

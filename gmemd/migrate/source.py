@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import trio
@@ -16,7 +16,8 @@ from gmemd.migrate.pagelanes import PageLanes
 from gmemd.migrate.state import Phase, Role
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd.migrate.tls import Secured
-from gmemd.native.memory import Memory
+from gmemd.migrate.verify import steps
+from gmemd.native.memory import Memory, Verdict
 from gmemd.native.source import Source
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Guest(Protocol):
 class Destination:
     """Where to send: an address, the migration's name there, over how many background lanes, and whether to send more
     than is asked for: without, the migration ends only when the guest has touched everything. `secured`: as whom and
-    to whom, with TLS."""
+    to whom, with TLS. `verify`: have it compare what it got."""
 
     host: str
     port: int
@@ -49,6 +50,7 @@ class Destination:
     lanes: int = 1
     background: bool = True
     secured: Secured | None = None
+    verify: bool = False
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class Progress:
     completed: float | None = None
     recoveries: int = 0
     trouble: str | None = None
+    verdict: Verdict | None = None
 
 
 class OutgoingMigration:
@@ -142,14 +145,17 @@ class OutgoingMigration:
                 self.progress.trouble = None
                 await self._converse(control, welcome)
             self.progress.phase = "complete"
-            self.progress.completed = time.monotonic()
+            self.progress.completed = self.progress.completed or time.monotonic()
 
     async def _converse(self, control: ControlLane, welcome: wire.Welcome) -> None:
         try:
             await _Session(self, control, welcome).run()
-        except LinkError:
-            raise
         except GmemdError as error:
+            if self.progress.completed:  # and only the comparison is lost
+                self.progress.trouble = str(error)
+                return
+            if isinstance(error, LinkError):
+                raise
             if control.conversation.phase is not Phase.ENDED:
                 with trio.move_on_after(self.settings.dead_after), suppress(LinkError):
                     await control.messages.send_last(wire.Failed(str(error)[: wire.MAX_TEXT]))
@@ -159,7 +165,7 @@ class OutgoingMigration:
         """The destination's welcome; None if it has everything already."""
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
         checksum = self.settings.checksum and control.messages.tls is None  # TLS tells of every wrong bit, too
-        hello = wire.Hello(self.to.migration, self.epoch, self.token, self.to.lanes, checksum, regions)
+        hello = wire.Hello(self.to.migration, self.epoch, self.token, self.to.lanes, checksum, regions, self.to.verify)
         await control.send(hello)
         while True:
             with trio.move_on_after(self.settings.handshake_timeout):
@@ -187,6 +193,7 @@ class _Session:
         self.migration = migration
         self.control = control
         self.lanes = PageLanes(migration.source, migration.to, welcome, migration.settings)
+        self.verify = migration.to.verify and welcome.verify
         self._restarted = False  # what is to be sent has been set for the next Go
 
     async def run(self) -> None:
@@ -205,6 +212,14 @@ class _Session:
             elif isinstance(message, wire.Go):
                 tasks.start(self._send_all)
             elif isinstance(message, wire.Complete):
+                if not self.verify:
+                    return
+                if self.migration.progress.completed is None:
+                    self.migration.progress.completed = time.monotonic()
+                    self.migration.progress.phase = "comparing"
+                    tasks.start(self._send_digests)
+            elif isinstance(message, wire.Verified):
+                self.migration.progress.verdict = Verdict(**{f.name: getattr(message, f.name) for f in fields(Verdict)})
                 return
             else:
                 _take_no(message, self.control.messages.address)
@@ -244,6 +259,14 @@ class _Session:
         await self.lanes.push()
         migration.progress.phase = "sent"
         await self.control.send(wire.Pushed())
+
+    async def _send_digests(self) -> None:
+        memory = self.migration.memory
+        for region, first, pages in steps(memory):
+            digests = await trio.to_thread.run_sync(memory.digests, region, first, pages)
+            await self.control.send(wire.Digests(region, first, digests))
+        await trio.sleep(self.migration.settings.handshake_timeout)
+        raise LinkError(f"{self.control.messages.address}: no answer to our digests")
 
     async def _switch(self) -> None:
         state = await self.migration.state()

@@ -15,6 +15,8 @@ one has gone on.
                      ◀─────────     received …, go              if something is still missing
     zero …, pushed   ─────────▶
                      ◀─────────     complete
+    digests …        ─────────▶                                 if they compare
+                     ◀─────────     verified
 
 Either end may end it in between: the destination by refused or failed, the source by failed.
 """
@@ -72,10 +74,10 @@ for (phase, speaker), allowed in TRANSITIONS.items():
         allowed |= {wire.Refused: Phase.ENDED} if speaker is D else {}
 # What was on its way when the other end ended it.
 TRANSITIONS[Phase.ENDED, S] = dict.fromkeys(
-    (wire.Beat, wire.State, wire.Switch, wire.Zero, wire.Pushed, wire.Failed), Phase.ENDED
+    (wire.Beat, wire.State, wire.Switch, wire.Zero, wire.Pushed, wire.Digests, wire.Failed), Phase.ENDED
 )
 TRANSITIONS[Phase.ENDED, D] = dict.fromkeys(
-    (wire.Beat, wire.Received, wire.Go, wire.Complete, wire.Refused, wire.Failed), Phase.ENDED
+    (wire.Beat, wire.Received, wire.Go, wire.Complete, wire.Verified, wire.Refused, wire.Failed), Phase.ENDED
 )
 
 

@@ -8,7 +8,7 @@ frames (gmemd/native/frame.h) once their hello has been answered.
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from reprlib import repr as short  # and not as deep as it may be
 from typing import ClassVar, TypeGuard
 
@@ -36,6 +36,9 @@ MAX_REGIONS = 1024
 MAX_LANES = 15
 MAX_EPOCH = 2**48
 TOKEN_BYTES = 16
+# Digests of one message, 64 KiB.
+DIGESTS = 16 * 1024
+DIGEST_BYTES = 4
 
 Check = Callable[[object], bool]
 
@@ -99,7 +102,8 @@ class Message:
 class Hello(Message):
     """Source, first on every control lane: who it is, and each region's [gpa, pages, page shift].
 
-    `epoch` and `token` are the last that this source was given, 0 and empty if none yet.
+    `epoch` and `token` are the last that this source was given, 0 and empty if none yet. `verify`: it wants pages to
+    be compared after the end.
     """
 
     CHECKS: ClassVar[Mapping[str, Check]] = {
@@ -109,6 +113,7 @@ class Hello(Message):
         "lanes": _integer(1, MAX_LANES),
         "checksum": _truth,
         "regions": _regions,
+        "verify": _truth,
     }
     migration: str
     epoch: int
@@ -116,13 +121,14 @@ class Hello(Message):
     lanes: int
     checksum: bool
     regions: list[list[int]]
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
     """Destination, in answer: the epoch of this session and the secret that its page lanes show.
 
-    `switched`: the guest runs at the destination already.
+    `switched`: the guest runs at the destination already. `verify`: it will compare.
     """
 
     CHECKS: ClassVar[Mapping[str, Check]] = {
@@ -130,11 +136,13 @@ class Welcome(Message):
         "token": _token,
         "checksum": _truth,
         "switched": _truth,
+        "verify": _truth,
     }
     epoch: int
     token: bytes
     checksum: bool
     switched: bool
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +244,39 @@ class Complete(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Digests(Message):
+    """Source, after the end: the CRC-32C of each page from `first` on, little-endian, 1 in place of 0. All pages, in
+    order."""
+
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "region": _integer(0, MAX_REGIONS - 1),
+        "first": _integer(0, 2**40),
+        "digests": _bytes(DIGESTS * DIGEST_BYTES),
+    }
+    region: int
+    first: int
+    digests: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verified(Message):
+    """Destination, after the last of them: what came of it. `region` and `page` are of the first mismatch."""
+
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "verified": _integer(0, 2**44),
+        "left_out": _integer(0, 2**44),
+        "mismatches": _integer(0, 2**44),
+        "region": _integer(0, MAX_REGIONS - 1),
+        "page": _integer(0, 2**40),
+    }
+    verified: int
+    left_out: int
+    mismatches: int
+    region: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed(Message):
     """Either: the migration ends here, for good."""
 
@@ -258,9 +299,13 @@ MESSAGES: dict[str, type[Message]] = {
     "pushed": Pushed,
     "beat": Beat,
     "complete": Complete,
+    "digests": Digests,
+    "verified": Verified,
     "failed": Failed,
 }
 NAMES = {cls: name for name, cls in MESSAGES.items()}
+# What an end of before these fields means by leaving them out.
+DEFAULTS = {cls: {f.name: f.default for f in fields(cls) if f.default is not MISSING} for cls in NAMES}
 
 
 def shown(value: object) -> str:
@@ -298,6 +343,7 @@ def decode_untrusted(body: bytes) -> Message:
     if not isinstance(kind, str) or kind not in MESSAGES:
         raise ProtocolError(f"control lane: a message of no known type: {shown(kind)}")
     cls = MESSAGES[kind]
+    value = DEFAULTS[cls] | value
     for name, check in cls.CHECKS.items():
         if name not in value or not check(value[name]):
             raise ProtocolError(f"control lane: {kind}: bad {name}: {shown(value.get(name))}")

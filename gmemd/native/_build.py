@@ -17,6 +17,7 @@ HEADERS = [
     "memfile.h",
     "stages.h",
     "memory.h",
+    "digest.h",
     "frame.h",
     "crc32c.h",
     "histogram.h",

@@ -24,6 +24,7 @@
 #include "install.h"
 
 #include "clock.h"
+#include "digest.h"
 #include "guard.h"
 #include "kill_point.h"
 #include "memfile.h"
@@ -127,6 +128,7 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
     struct gm_region *r = in->region;
     unsigned run;
 
+    in->hole = !data;
     for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run) {
         uint64_t page = in->first + at;
         int error;
@@ -234,7 +236,14 @@ static void map_claimed(struct gm_install *in)
 
 void gm_install_finish(struct gm_install *in)
 {
-    drop_removed(in);
+    struct gm_digest_frame digests;
+    uint64_t removed;
+
+    /* Before drop_removed(), which knows of every removal whose punch may have come before this. */
+    gm_digest_make(&digests, in->destination->memory, in->region, in->first, in->claimed, in->hole);
+    removed = drop_removed(in);
+    gm_digest_put(&digests, in->region, in->first, in->claimed & ~removed);
+    gm_digest_leave_out(in->destination->memory, in->region, in->first, removed);
     gm_kill_point("populated", 0);
     mark(in, in->claimed);
     gm_kill_point("marked", 0);
@@ -260,9 +269,12 @@ int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t firs
                     struct gm_problem *ret)
 {
     uint64_t missing = gm_bitmap_claim(r->claimed, first, count), pages = 0;
+    struct gm_digest_frame digests;
     int error = 0;
     unsigned run;
 
+    gm_digest_make(&digests, d->memory, r, first, missing, true);
+    gm_digest_put(&digests, r, first, missing);
     for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run) {
         error = make_hole(r, first + at, run);
         if (error) {
@@ -315,6 +327,7 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
         for (unsigned i = 0; i < here; i++)
             if (!(missing >> i & 1) && !gm_bitmap_test(r->received, first + i))
                 flying |= UINT64_C(1) << i;
+        gm_digest_leave_out(d->memory, r, first, missing);
         if (flying)
             note_removed(d, r, first, flying);
         for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run)

@@ -12,6 +12,7 @@ struct gm_install {
     uint64_t first;
     unsigned count;
     uint64_t claimed;
+    bool hole; /* what was put in place are zeros */
     uint64_t began_ns; /* on the urgent lane, else 0 */
 };
 

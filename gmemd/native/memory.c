@@ -1,6 +1,8 @@
 #include "memory.h"
 
 #include "cleanup.h"
+#include "digest.h"
+#include "guard.h"
 #include "memfile.h"
 #include "memory_layout.h"
 #include "uffd.h"
@@ -154,6 +156,7 @@ void gm_memory_free(struct gm_memory *m)
     if (m->state_fd >= 0)
         close(m->state_fd);
     free(m->stages);
+    gm_digest_free(m->digests);
     free(m->own_messages);
     free(m);
 }
@@ -242,6 +245,13 @@ int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
     if (!atomic_compare_exchange_strong(&r->alias, &none, map))
         munmap(map, size);
     return 0;
+}
+
+int gm_region_read(const struct gm_region *r, uint64_t at, size_t length, void *to)
+{
+    const unsigned char *alias = atomic_load(&r->alias);
+
+    return alias ? gm_guarded_load(to, alias + at, length) : gm_memfile_read(r->fd, to, length, r->offset + at);
 }
 
 int gm_memory_map(struct gm_memory *m, unsigned region, struct gm_problem *ret)

@@ -157,6 +157,7 @@ struct gm_memory {
     uint64_t pages;
     _Atomic uint64_t received;
     struct gm_stages *stages; /* or NULL */
+    struct gm_digests *_Atomic digests; /* or NULL (digest.h) */
     void *messages; /* in the state, so that what was read and not acted upon outlives us */
     void *own_messages; /* for a state without a place for them */
     struct gm_region region[];
@@ -186,5 +187,8 @@ struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa);
 uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first);
 
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
+
+/* Reads bytes of a region, by its alias if it has one. 0 or -errno: nobody dies of a file that was cut short. */
+int gm_region_read(const struct gm_region *r, uint64_t at, size_t length, void *to);
 
 #endif

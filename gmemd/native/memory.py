@@ -80,6 +80,31 @@ class Region:
         return self.page_size.bit_length() - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How many pages were compared, and how many could not be; `region` and `page` are of the first mismatch."""
+
+    verified: int = 0
+    left_out: int = 0
+    mismatches: int = 0
+    region: int = 0
+    page: int = 0
+
+    def __add__(self, later: "Verdict") -> "Verdict":
+        first = self if self.mismatches else later
+        return Verdict(
+            self.verified + later.verified,
+            self.left_out + later.left_out,
+            self.mismatches + later.mismatches,
+            first.region,
+            first.page,
+        )
+
+    def __str__(self) -> str:
+        said = f"{self.verified} pages compared, {self.left_out} left out, {self.mismatches} differ"
+        return f"{said}, first page {self.page} of region {self.region}" if self.mismatches else said
+
+
 class Memory:
     """All memory of one guest. The descriptors stay the caller's, and must stay open as long as this."""
 
@@ -189,6 +214,28 @@ class Memory:
     def unregister(self) -> None:
         """Lets go of all regions: absent pages are zero from then on. Only when nothing is missing."""
         check(lib.gm_memory_unregister, self.native)
+
+    def keep_digests(self, fd: int = -1) -> None:
+        """From now on a digest is kept of every page that is put in place; `fd` has a predecessor's."""
+        check(lib.gm_digest_keep, self.native, fd)
+
+    @property
+    def digests_fd(self) -> int:
+        """The memfd with them that a successor needs, or -1."""
+        return int(lib.gm_digest_fd(self.native))
+
+    def digests(self, region: int, first: int, pages: int) -> bytes:
+        """Those of what the memory files have now."""
+        out = ffi.new("uint32_t[]", pages)
+        check(lib.gm_digest_read, self.native, region, first, pages, out)
+        return bytes(ffi.buffer(out))
+
+    def compare(self, region: int, first: int, theirs: bytes) -> Verdict:
+        """How the digests of a source compare with those that are kept."""
+        found = ffi.new("struct gm_verdict *")
+        with ffi.from_buffer("uint32_t[]", theirs) as digests:
+            lib.gm_digest_compare(self.native, region, first, len(digests), digests, found)
+        return Verdict(found.verified, found.left_out, found.mismatches, found.region, found.page)
 
     def received_runs(self, region: int) -> Iterator[list[tuple[int, int]]]:
         """The runs (first page, pages) of the received bitmap of a region, some thousands at a time."""

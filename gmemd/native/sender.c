@@ -1,7 +1,6 @@
 #include "sender.h"
 
 #include "crc32c.h"
-#include "guard.h"
 #include "memfile.h"
 
 #include <errno.h>
@@ -52,13 +51,6 @@ bool gm_sender_takes_more(const struct gm_sender *s)
     return s->frames < GM_FRAME_PAGES && s->used < GATHER_BYTES;
 }
 
-static int read_pages(const struct gm_region *r, uint64_t first, unsigned count, void *to)
-{
-    if (r->alias)
-        return gm_guarded_load(to, r->alias + gm_bytes(r, first), gm_bytes(r, count));
-    return gm_memfile_read(r->fd, to, gm_bytes(r, count), gm_file_offset(r, first));
-}
-
 static void add_frame(struct gm_sender *s, struct gm_frame *frame, unsigned char *payload)
 {
     unsigned char *header = s->headers[s->frames++];
@@ -78,7 +70,7 @@ int gm_sender_add(struct gm_sender *s, const struct gm_region *r, uint64_t first
 {
     unsigned char *data = s->data + s->used;
     size_t page = gm_bytes(r, 1);
-    int error = read_pages(r, first, count, data);
+    int error = gm_region_read(r, gm_bytes(r, first), gm_bytes(r, count), data);
 
     if (error)
         return gm_blame(ret, GM_VMM, -error, "region %u: pages %llu to %llu cannot be read", r->index,

@@ -1,7 +1,9 @@
 """Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
 
 import random
+import struct
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +22,8 @@ from native_rig import (
     until,
 )
 
-from gmemd.native.memory import Populate
+from gmemd.native import crc32c
+from gmemd.native.memory import Populate, Verdict
 
 if TYPE_CHECKING:
     from native_races import Races
@@ -34,6 +37,10 @@ ways = pytest.mark.parametrize("way", list(Populate))
 
 def contents(first: int, count: int) -> bytes:
     return b"".join(content(page) for page in range(first, first + count))
+
+
+def digests_of(numbers: Iterable[int]) -> bytes:
+    return b"".join(struct.pack("<I", crc32c(content(page))) for page in numbers)
 
 
 def install(guest: Guest, first: int, count: int = 1, lane: int = 1) -> Install:
@@ -120,6 +127,49 @@ def test_removed_at_any_step_of_an_install(way: Populate, ending: str, removed_b
         assert [guest.read(page) for page in range(8, 12)] == [content(8), bytes(PAGE), bytes(PAGE), content(11)]
 
 
+@ways
+@pytest.mark.parametrize("removed_before", [*STEPS, "nothing"])
+def test_what_is_removed_in_flight_is_not_compared(way: Populate, removed_before: str) -> None:
+    """It has no content. What was in place before it was removed had one."""
+    with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
+        guest.memory.keep_digests()
+        for step in [*STEPS, "nothing"]:
+            if step == removed_before:
+                balloon(guest, 9, 2)
+            if step == "begin":
+                steps = install(guest, 8, 4)
+            if step == "populate":
+                assert steps.populate(contents(8, 4))
+            if step == "end":
+                steps.finish()
+        verdict = guest.memory.compare(0, 8, digests_of(range(8, 12)))
+        assert verdict == (Verdict(4) if removed_before == "nothing" else Verdict(2, 2))
+        zeros = install(guest, 20, 2)
+        assert zeros.populate(None)
+        zeros.finish()
+        theirs = struct.pack("<3I", crc32c(bytes(PAGE)), 7, 7)
+        assert guest.memory.compare(0, 20, theirs) == Verdict(2, 1, 1, 0, 21)
+
+
+def test_removed_while_digests_are_made(rng: random.Random) -> None:
+    """Whatever is kept of a page is of its content, and never of the hole that the VMM made of it."""
+    count = 300 * 64
+    with Guest((count, PAGE), features=FEATURE_REMOVE) as guest, paged(guest):
+        guest.memory.keep_digests()
+        data = content(0) * 64
+        for first in range(0, count, 64):
+            steps = install(guest, first, 64)
+            assert steps.populate(data)
+            removing = Task(guest.remove, first + 63, 1)
+            until_then = time.perf_counter() + rng.random() * 300e-6
+            while time.perf_counter() < until_then:
+                pass
+            steps.finish()
+            removing.result()
+        verdict = guest.memory.compare(0, 0, digests_of([0]) * count)
+        assert (verdict.mismatches, verdict.verified + verdict.left_out) == (0, count)
+
+
 def test_removed_while_claims_are_given_back() -> None:
     """The moment between looking for removals and giving the claims back, made long by pages to punch in between."""
     for round_ in range(30):
@@ -159,8 +209,10 @@ def deflate(guest: Guest, seed: float) -> set[int]:
 def test_removals_and_arrivals_race(way: Populate, rng: random.Random) -> None:
     """Two lanes, a balloon and a reader at once. Once a removal is done, the page reads as zeros, whatever comes."""
     count, rounds = 1024, 3
+    digests = digests_of(range(count))
     for _ in range(rounds):
         with Guest((count, PAGE), populate=way, features=FEATURE_REMOVE) as guest, paged(guest) as far:
+            guest.memory.keep_digests()
             starts = range(0, count, 32)
             feeders = [
                 Task(feed, guest.line(1), starts),
@@ -175,6 +227,8 @@ def test_removals_and_arrivals_race(way: Populate, rng: random.Random) -> None:
             assert gone
             for page in range(count):
                 assert guest.read(page) == (bytes(PAGE) if page in gone else content(page)), page
+            verdict = guest.memory.compare(0, 0, digests)
+            assert (verdict.mismatches, verdict.verified + verdict.left_out) == (0, count)
 
 
 def test_a_lane_neither_begins_nor_ends_while_events_are_read() -> None:

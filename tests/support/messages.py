@@ -9,6 +9,7 @@ TEXTS = st.text(max_size=wire.MAX_TEXT)
 TOKENS = st.binary(min_size=wire.TOKEN_BYTES, max_size=wire.TOKEN_BYTES)
 EPOCHS = st.integers(1, wire.MAX_EPOCH)
 REGION = st.tuples(st.integers(0, 2**63), st.integers(1, 2**40), st.integers(12, 30)).map(list)
+COUNTS = st.integers(0, 2**44)
 PAGES = {
     "region": st.integers(0, wire.MAX_REGIONS - 1),
     "start": st.integers(0, 2**40),
@@ -24,8 +25,16 @@ BY_TYPE: dict[type[wire.Message], st.SearchStrategy[wire.Message]] = {
         lanes=st.integers(1, wire.MAX_LANES),
         checksum=st.booleans(),
         regions=st.lists(REGION, min_size=1, max_size=8),
+        verify=st.booleans(),
     ),
-    wire.Welcome: st.builds(wire.Welcome, epoch=EPOCHS, token=TOKENS, checksum=st.booleans(), switched=st.booleans()),
+    wire.Welcome: st.builds(
+        wire.Welcome,
+        epoch=EPOCHS,
+        token=TOKENS,
+        checksum=st.booleans(),
+        switched=st.booleans(),
+        verify=st.booleans(),
+    ),
     wire.LaneHello: st.builds(
         wire.LaneHello, migration=IDS, epoch=EPOCHS, lane=st.integers(0, wire.MAX_LANES), token=TOKENS
     ),
@@ -40,6 +49,20 @@ BY_TYPE: dict[type[wire.Message], st.SearchStrategy[wire.Message]] = {
     wire.Pushed: st.builds(wire.Pushed),
     wire.Beat: st.builds(wire.Beat),
     wire.Complete: st.builds(wire.Complete, pages=st.integers(0, 2**44)),
+    wire.Digests: st.builds(
+        wire.Digests,
+        region=st.integers(0, wire.MAX_REGIONS - 1),
+        first=st.integers(0, 2**40),
+        digests=st.binary(max_size=999),
+    ),
+    wire.Verified: st.builds(
+        wire.Verified,
+        verified=COUNTS,
+        left_out=COUNTS,
+        mismatches=COUNTS,
+        region=st.integers(0, wire.MAX_REGIONS - 1),
+        page=st.integers(0, 2**40),
+    ),
     wire.Failed: st.builds(wire.Failed, why=TEXTS),
 }
 ANY = st.one_of(*BY_TYPE.values())

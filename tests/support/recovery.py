@@ -214,10 +214,17 @@ class Sender:
         self.fd = filled(pages, seed)
 
     async def run(
-        self, *, port: int = 0, rate: int = 0, background: bool = True, lanes: int = 1, heartbeat: float = 0.3
+        self,
+        *,
+        port: int = 0,
+        rate: int = 0,
+        background: bool = True,
+        lanes: int = 1,
+        heartbeat: float = 0.3,
+        verify: bool = False,
     ) -> OutgoingMigration:
         """Sends until the destination has everything. With a `port`, there is something in between."""
-        to = Destination("127.0.0.1", port or self.to.port, self.to.migration, lanes, background)
+        to = Destination("127.0.0.1", port or self.to.port, self.to.migration, lanes, background, verify=verify)
         settings = LinkSettings(heartbeat=heartbeat)
         async with FileGuest(Path(f"/proc/self/fd/{self.fd}"), 0) as guest:
             migration = OutgoingMigration(to, guest.memory(to.migration), guest, settings)

@@ -127,9 +127,7 @@ class _Guest:
 class _Sender:
     """gmemd-source, with what it used of a CPU."""
 
-    def __init__(
-        self, address: str, name: str, content: Path, *arguments: object, inside: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, address: str, name: str, content: Path, *arguments: object, inside: Sequence[str] = ()) -> None:
         words = [*inside, BIN / "gmemd-source", address, "--migration", name, "--file", content, "--json"]
         self._process = subprocess.Popen([*map(str, words), *map(str, arguments)], stdout=subprocess.PIPE)
         self.pid = self._process.pid

@@ -133,6 +133,8 @@ class Demo:
                     self.events[name] = await process.event(name)
             self.events["done"] = await destination.event("done")
             tasks.stop()
+        if self.cast.plan.options.verify:  # which the sender stays for
+            await self.cast.sender.process.wait()
 
     def others(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """What can befall the processes at either end of a network."""
@@ -173,7 +175,7 @@ class Demo:
         latency = migration["fault_latency_us"]
         every_page = verified["pages_verified"] == verified["pages"] and not verified["mismatches"]
         return {
-            "ok": bool(verified["ok"]) and every_page,
+            "ok": bool(verified["ok"]) and every_page and not (migration["verify"] or {}).get("mismatches"),
             "backing": self.cast.plan.options.backing,
             "slot": self.cast.plan.options.slot,
             "guest": verified["guest"],
@@ -197,4 +199,5 @@ class Demo:
             "duration_us": duration_us,
             "recoveries": migration["recoveries"],
             "tls": migration["tls"],
+            "verify": migration["verify"],
         }

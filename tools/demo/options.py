@@ -20,15 +20,14 @@ def add(command: argparse.ArgumentParser) -> None:
         default="plain",
         help="what KVM takes guest_memfd from: its mapping, or the file itself, with KVM userfault (plain)",
     )
-    command.add_argument(
-        "--no-direct-map", action="store_true", help="keep guest_memfd out of the kernel's direct map"
-    )
+    command.add_argument("--no-direct-map", action="store_true", help="keep guest_memfd out of the kernel's direct map")
     command.add_argument(
         "--prefault", action="store_true", help="have vCPUs that asked for a page map what is there behind it"
     )
     command.add_argument("--pattern", choices=PATTERNS, default="random", help="how the guest picks pages (random)")
     command.add_argument("--lanes", type=int, default=2, metavar="N", help="background connections (2)")
     command.add_argument("--populate", choices=("auto", "write", "recv", "copy"), default="auto")
+    command.add_argument("--verify", action="store_true", help="both ends compare what every page had when it came")
     command.add_argument("--tls", action="store_true", help="with TLS, between throw-away certificates")
     command.add_argument("--guest", choices=("auto", "kvm", "threads"), default="auto")
     command.add_argument("--trace", metavar="DIR", help="record the guest's faults there")

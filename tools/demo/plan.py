@@ -48,6 +48,7 @@ class Plan:
             f"--lanes={self.options.lanes}",
             f"--rate={self.rate}",
             "--json",
+            *(["--verify"] if self.options.verify else []),
             *self._own_certificate(),
         ]
 

@@ -24,7 +24,7 @@ def line(text: str) -> str:
 
 
 def header(name: str, section: int, version: str) -> str:
-    return f"'\\\" t\n.TH {name.upper()} {section} \"\" \"gmemd {version}\" gmemd\n.nh\n.ad l\n"
+    return f'\'\\" t\n.TH {name.upper()} {section} "" "gmemd {version}" gmemd\n.nh\n.ad l\n'
 
 
 def section(title: str) -> str:
