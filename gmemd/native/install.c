@@ -252,7 +252,7 @@ void gm_install_finish(struct gm_install *in)
         gm_histogram_record(&in->destination->installing, gm_now_ns() - in->began_ns);
 }
 
-void gm_install_give_up(struct gm_install *in)
+bool gm_install_give_up(struct gm_install *in)
 {
     struct gm_destination *d = in->destination;
     uint64_t removed;
@@ -263,6 +263,7 @@ void gm_install_give_up(struct gm_install *in)
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
     mark(in, removed);
     atomic_fetch_sub(&d->giving_up, 1);
+    return removed;
 }
 
 int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,

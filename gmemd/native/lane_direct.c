@@ -131,8 +131,11 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
         gm_destination_tell(d, GM_EVENT_STUCK, ret);
         lane->direct = false; /* what the socket has given cannot be tried again; what the buffer holds can */
     } else if (lane->checksum && payload.crc != f->crc) {
-        gm_install_give_up(&in);
-        result = gm_lane_ask_again(lane, ret) < 0 ? -1 : 1;
+        /* A page that the guest took out meanwhile reads as zeros: no fault of the link's, and of the others nothing is known. */
+        if (gm_install_give_up(&in))
+            result = gm_destination_ask(d, f->region, f->first, f->count, ret) < 0 ? -1 : 1;
+        else
+            result = gm_lane_ask_again(lane, ret) < 0 ? -1 : 1;
     } else {
         gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
         gm_install_finish(&in);
