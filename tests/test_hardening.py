@@ -98,7 +98,7 @@ def test_it_leaves_no_core_dump(folder: Path) -> None:
     try:
         with DaemonProcess(folder) as daemon:
             pid = daemon.process.pid
-            daemon.process.send_signal(signal.SIGXCPU)  # which dumps core, and which no shell has its background jobs ignore
+            daemon.process.send_signal(signal.SIGXCPU)  # dumps core, and is not ignored by a shell's background jobs
             _, how = os.waitpid(pid, 0)
             daemon.process.returncode = -os.WTERMSIG(how)
             assert os.WTERMSIG(how) == signal.SIGXCPU
