@@ -139,7 +139,8 @@ class SourceConnections:
         control.take(hello)
         migration = self.registry.get(hello.migration)
         ended = self.registry.find_finished(hello.migration)
-        if migration is None and ended and await self._say_ended(messages, hello, ended):
+        its = ended and ended.was_with(hello.epoch, hello.token)  # even if the migration is still being closed
+        if ended and (migration is None or its) and await self._say_ended(messages, hello, ended):
             return
         await (migration or await self._arrival(control, hello)).serve_source(control, hello)
 

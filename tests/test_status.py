@@ -53,7 +53,9 @@ class Terminal:
         self.screen, end = pty.openpty()
         ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 40, 110, 0, 0))
         environ = os.environ | {"TERM": "xterm", "COLUMNS": "110", "LINES": "40"}
-        self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environ, start_new_session=True)
+        # As a shell starts what it runs in the foreground, whatever we run in.
+        words = ["env", "--default-signal=INT", *command]
+        self.process = subprocess.Popen(words, stdin=end, stdout=end, stderr=end, env=environ, start_new_session=True)
         os.close(end)
         self.shown = ""
 
