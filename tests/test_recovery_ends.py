@@ -12,7 +12,6 @@ import pytest
 import trio
 from support.recovery import PAGE, Host, Vmm, content, open_host
 
-from gmemd import holder
 from gmemd.errors import AbandonedError
 from gmemd.keeping import ENDED
 from gmemd_tools.demo.cast import Cast
@@ -27,12 +26,7 @@ SPACE_IS_SEEN = 1.0  # seconds
 
 def kept_names(host: Host) -> set[str]:
     """What the holder keeps of guests now, but how they ended."""
-    channel, kept = holder.take_back(host.store)
-    channel.close()
-    for fds in kept.values():
-        for fd in fds:
-            os.close(fd)
-    return {name for name in kept if not name.startswith(f"{ENDED}.")}
+    return {name for name in host.kept() if not name.startswith(f"{ENDED}.")}
 
 
 async def over(host: Host, migration: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from support.rawsource import RawSource
 from support.recovery import PAGE, Host, Sender, Vmm, content, open_host
 from support.source import SourceProcess
 
-from gmemd import holder
 from gmemd.errors import HandoffError, ProtocolError
 from gmemd.migrate import wire
 from gmemd.migrate.verify import Comparison
@@ -44,15 +43,6 @@ async def verdict_of(host: Host, name: str) -> dict[str, Any] | None:
             verdict: dict[str, Any] | None = told["verify"]
             return verdict
         await trio.sleep(0.01)  # a status is asked for, it is not told
-
-
-def names(host: Host) -> set[str]:
-    channel, found = holder.take_back(host.store)
-    channel.close()
-    for fds in found.values():
-        for fd in fds:
-            os.close(fd)
-    return set(found)
 
 
 async def send(host: Host, sender: Sender, *options: str) -> CompletedProcess[bytes]:
@@ -94,7 +84,7 @@ async def test_every_page_is_compared(tmp_path: Path) -> None:
 async def test_nothing_is_kept_for_nobody(tmp_path: Path) -> None:
     async with open_host(tmp_path) as host, host.migration("m", PAGES) as (vmm, sender):
         await asked_for(host, vmm, sender, 3, verify=False)
-        assert not {name for name in names(host) if name.startswith("digests")}
+        assert not {name for name in host.kept() if name.startswith("digests")}
         ended = await send(host, sender)
         assert not {"verified", "left_out", "mismatches"} & set(json.loads(ended.stdout))
         assert await verdict_of(host, "m") is None

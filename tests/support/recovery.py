@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import trio
 
-from gmemd import handoff, status
+from gmemd import handoff, holder, status
 from gmemd.errors import GmemdError
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.source import Destination, OutgoingMigration
@@ -160,6 +160,15 @@ class Host:
     @property
     def log(self) -> str:
         return self.cast.daemon.log.read_text()
+
+    def kept(self) -> set[str]:
+        """The names under which the holder keeps something now."""
+        channel, found = holder.take_back(self.store)
+        channel.close()
+        for fds in found.values():
+            for fd in fds:
+                os.close(fd)
+        return set(found)
 
     async def ask(self, **request: str) -> dict[str, Any]:
         return await trio.to_thread.run_sync(status.ask, self.plan.status_socket, request)
