@@ -142,10 +142,11 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-async def test_space_that_comes_back(tmp_path: Path, small_tmpfs: Path) -> None:
+@pytest.mark.parametrize("populate", ["write", "recv", "copy"])
+async def test_space_that_comes_back(tmp_path: Path, small_tmpfs: Path, populate: str) -> None:
     fd = os.open(small_tmpfs / "guest", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     async with (
-        open_host(tmp_path) as host,
+        open_host(tmp_path, populate=populate) as host,
         host.migration("cramped", PAGES, file=fd) as (vmm, sender),
         trio.open_nursery() as nursery,
     ):

@@ -3,7 +3,8 @@
  *
  * Pages are claimed only once the whole payload waits in the socket. A claim is then never held while the network is waited for, and
  * an urgent copy of a page never loses to a background copy that stalls half-way. SO_RCVLOWAT makes readiness mean that the
- * whole payload is there, or that the socket can hold no more of it; in that case it takes the way through the buffer.
+ * whole payload is there, or that the socket can hold no more of it; in that case it takes the way through the buffer, and so it does
+ * where the alias cannot be written: for want of room, for one.
  */
 #include "crc32c.h"
 #include "guard.h"
@@ -61,8 +62,20 @@ static unsigned same_run(uint64_t claimed, unsigned at, unsigned count)
 
 struct payload {
     uint32_t crc;
-    int fault; /* the alias could not be written */
+    size_t in_place; /* what came before this is in the alias, as far as it is ours; the rest is in the lane's buffer */
+    bool fault;      /* the alias could not be written, or not be read again */
 };
+
+static unsigned char *alias_of(const struct gm_install *in, unsigned at)
+{
+    return in->region->alias + gm_bytes(in->region, in->first + at);
+}
+
+/* Behind the header, each page in its own place. */
+static unsigned char *buffer_of(const struct gm_lane *lane, const struct gm_install *in, unsigned at)
+{
+    return lane->buffer + lane->end + gm_bytes(in->region, at);
+}
 
 static void add_to_crc(struct payload *p, const unsigned char *from, size_t length)
 {
@@ -76,22 +89,22 @@ static void add_to_crc(struct payload *p, const unsigned char *from, size_t leng
     }
 }
 
-/* What is not ours to write, and what cannot be written, goes into the lane's buffer behind the header, and is forgotten. */
+/* What is not ours to write, and what cannot be written, goes into the buffer. */
 static int take_run(struct gm_lane *lane, const struct gm_install *in, unsigned at, unsigned run, struct payload *p)
 {
-    unsigned char *scratch = lane->buffer + lane->end;
-    unsigned char *alias = in->region->alias + gm_bytes(in->region, in->first + at);
-    size_t length = gm_bytes(in->region, run), done = 0;
+    size_t length = gm_bytes(in->region, run), done = 0, rest;
     bool ours = in->claimed >> at & 1 && !p->fault;
-    int error = ours ? take(lane, alias, length, &done) : -EFAULT;
+    int error = ours ? take(lane, alias_of(in, at), length, &done) : -EFAULT;
 
+    if (ours)
+        p->in_place = gm_bytes(in->region, at) + done;
     if (error == -EFAULT) {
         p->fault |= ours;
         ours = false;
-        error = take(lane, scratch, length - done, &done);
+        error = take(lane, buffer_of(lane, in, at) + done, length - done, &rest);
     }
     if (!error && lane->checksum)
-        add_to_crc(p, ours ? alias : scratch, length);
+        add_to_crc(p, ours ? alias_of(in, at) : buffer_of(lane, in, at), length);
     return error;
 }
 
@@ -106,6 +119,51 @@ static int take_payload(struct gm_lane *lane, const struct gm_install *in, struc
     return error;
 }
 
+/* Has the buffer hold the whole payload. Returns whether it does: the VMM may have truncated its file. */
+static bool take_back(const struct gm_lane *lane, const struct gm_install *in, const struct payload *p)
+{
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run) {
+        size_t before = gm_bytes(in->region, at), length = gm_bytes(in->region, run);
+
+        if (before >= p->in_place)
+            break;
+        if (length > p->in_place - before)
+            length = p->in_place - before;
+        if (gm_guarded_load(buffer_of(lane, in, at), alias_of(in, at), length) < 0)
+            return false;
+    }
+    return true;
+}
+
+static int ask(const struct gm_lane *lane, struct gm_problem *ret)
+{
+    const struct gm_frame *f = &lane->frame;
+
+    return gm_destination_ask(lane->destination, f->region, f->first, f->count, ret);
+}
+
+static int forget_frame(struct gm_lane *lane, int result)
+{
+    lane->start += GM_HEADER_BYTES;
+    lane->has_frame = 0;
+    return result < 0 ? -1 : 1;
+}
+
+/* The socket gives nothing twice. So the frame goes on through the buffer, which finds out what the matter is, and can wait for
+ * room. What the guest has taken out meanwhile reads as zeros, and the buffer would take it for damage. */
+static int without_alias(struct gm_lane *lane, struct gm_install *in, const struct payload *p, struct gm_problem *ret)
+{
+    bool whole = take_back(lane, in, p);
+
+    if (gm_install_give_up(in) || !whole)
+        return forget_frame(lane, ask(lane, ret));
+    lane->end += lane->frame.length;
+    lane->buffered = true;
+    return 1;
+}
+
 int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
 {
     const struct gm_frame *f = &lane->frame;
@@ -113,7 +171,7 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
     struct gm_stages *stages = lane->index ? NULL : d->memory->stages;
     struct gm_install in;
     struct payload payload = {0};
-    int error, result = 1, ready = payload_waits(lane, ret);
+    int error, ready = payload_waits(lane, ret);
 
     if (ready <= 0)
         return ready < 0 ? -1 : lane->buffered;
@@ -124,24 +182,13 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
         gm_install_give_up(&in);
         return gm_stream_ended(&lane->stream, error, " in the middle of a frame", ret);
     }
-    if (payload.fault) {
-        gm_install_give_up(&in);
-        gm_blame(ret, GM_VMM, EFAULT, "region %u: pages %llu to %llu cannot be put in place", f->region,
-                 (unsigned long long)f->first, (unsigned long long)(f->first + f->count - 1));
-        gm_destination_tell(d, GM_EVENT_STUCK, ret);
-        lane->direct = false; /* what the socket has given cannot be tried again; what the buffer holds can */
-    } else if (lane->checksum && payload.crc != f->crc) {
+    if (payload.fault)
+        return without_alias(lane, &in, &payload, ret);
+    if (lane->checksum && payload.crc != f->crc)
         /* A page that the guest took out meanwhile reads as zeros: no fault of the link's, and of the others nothing is known. */
-        if (gm_install_give_up(&in))
-            result = gm_destination_ask(d, f->region, f->first, f->count, ret) < 0 ? -1 : 1;
-        else
-            result = gm_lane_ask_again(lane, ret) < 0 ? -1 : 1;
-    } else {
-        gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
-        gm_install_finish(&in);
-        gm_lane_count(lane, in.claimed);
-    }
-    lane->start += GM_HEADER_BYTES;
-    lane->has_frame = 0;
-    return result;
+        return forget_frame(lane, gm_install_give_up(&in) ? ask(lane, ret) : gm_lane_ask_again(lane, ret));
+    gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
+    gm_install_finish(&in);
+    gm_lane_count(lane, in.claimed);
+    return forget_frame(lane, 0);
 }
