@@ -21,7 +21,7 @@ class Admission:
     def __init__(self, config: Config) -> None:
         tls = config.tls
         self._credentials = Credentials(
-            Files(certificate=tls.certificate, key=tls.key, ca=tls.ca, psk=tls.psk), server=True
+            Files(certificate=tls.certificate, key=tls.key, ca=tls.ca, psk=tls.psk, ktls=tls.ktls), server=True
         )
         self._timeout = config.network.handshake_timeout
         self._peers = tls.peers

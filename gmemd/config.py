@@ -236,6 +236,7 @@ class Tls:
     ca: Annotated[Path | None, FILE] = None
     psk: Annotated[Path | None, FILE] = None
     peers: Annotated[tuple[str, ...], NAMES] = ()
+    ktls: Annotated[bool, FLAG] = True
 
     def __post_init__(self) -> None:
         given = [self.certificate is not None, self.key is not None, self.ca is not None]

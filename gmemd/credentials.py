@@ -19,12 +19,13 @@ Stamp = tuple[tuple[int, int, int], ...]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
     """Where they are: a certificate with its key and the authorities that the peer's must come from, or pre-shared
-    keys, or both."""
+    keys, or both. `ktls`: what is made of them may be used by the kernel."""
 
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
     psk: Path | None = None
+    ktls: bool = True
 
     def __post_init__(self) -> None:
         given = [path is not None for path in (self.certificate, self.key, self.ca)]
@@ -48,7 +49,7 @@ class Files:
         if not server and len(shared) > 1:
             raise ConfigError(f"{self.psk}: {len(shared)} keys: a source has one, that of its pair of hosts")
         try:
-            return TlsContext(server=server, pem=pem, shared=shared)
+            return TlsContext(server=server, pem=pem, shared=shared, ktls=self.ktls)
         except KernelError as error:
             raise ConfigError(f"{error} ({self.certificate}, {self.key}, {self.ca})") from None
 

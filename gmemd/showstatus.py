@@ -97,7 +97,8 @@ def _rows(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if counters["faults"]:
         yield "latency", "  ".join(f"{name} {_time(latency[name])}" for name in ("p50", "p90", "p99", "p999", "max"))
     lanes = " ".join("urgent" if lane == 0 else str(lane) for lane in m["lanes"]) or "none"
-    tls = f"; {m['tls']} with {m['peer']}" if m["tls"] else ""
+    ktls = f" ({' and '.join(m['ktls'])} in the kernel)" if m["ktls"] else ""
+    tls = f"; {m['tls']}{ktls} with {m['peer']}" if m["tls"] else ""
     yield "lanes", f"{lanes}; recoveries {m['recoveries']}{tls}"
     yield "way", f"trap {m['trap']}, populate {'+'.join(m['populate'])}"
     for place, wait in enumerate(m["waits"][:WAITS_SHOWN]):

@@ -114,6 +114,7 @@ def _add_tls(top: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a name that the destination's certificate may have; may be repeated (the HOST)",
     )
+    tls.add_argument("--no-ktls", action="store_true", help="encipher here, even if the kernel can do it")
     tls.add_argument(
         "--tls",
         choices=("auto", "require", "off"),
@@ -129,7 +130,9 @@ def _add_tls(top: argparse.ArgumentParser) -> None:
 
 def _secured(options: argparse.Namespace, host: str) -> Secured | None:
     """How to connect: None for plain text."""
-    files = Files(certificate=options.certificate, key=options.key, ca=options.ca, psk=options.psk)
+    files = Files(
+        certificate=options.certificate, key=options.key, ca=options.ca, psk=options.psk, ktls=not options.no_ktls
+    )
     mode = options.tls
     if mode == "auto":
         mode = "require" if files or not config.is_loopback(host) else "off"
@@ -226,6 +229,8 @@ def _summary(migration: OutgoingMigration) -> dict[str, Any]:
         "pages": migration.memory.pages,
         "duration_us": round(((progress.completed or time.monotonic()) - progress.started) * 1e6),
         "recoveries": progress.recoveries,
+        "tls": None if progress.ktls is None else "TLSv1.3",
+        "ktls": progress.ktls,
         **migration.source.counters(),
         **_comparison(migration),
     }

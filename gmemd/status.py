@@ -77,6 +77,7 @@ def snapshot(migration: IncomingMigration) -> dict[str, Any]:
         "lanes": sorted(migration.session.lanes) if migration.session else [],
         "recoveries": migration.recoveries,
         "tls": "TLSv1.3" if report.peer else None,
+        "ktls": report.ktls,
         "peer": report.peer,
         "stuck": report.stuck,
         "stuck_us": int(1e6 * (end - report.stuck_since)) if report.stuck_since else 0,

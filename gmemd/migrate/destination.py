@@ -41,6 +41,7 @@ class Report:
     stuck_since: float | None = None
     link: str | None = None  # why there is no source, while there is none
     peer: str | None = None  # what the latest source has shown, with TLS
+    ktls: list[str] | None = None  # what the kernel does of TLS, with TLS
     verdict: Verdict | None = None  # of the comparison after the end
 
 
@@ -155,7 +156,10 @@ class IncomingMigration:
         if self.phase is Phase.WAITING:
             self.phase = Phase.PREPARING
         self.report.link = None
-        self.report.peer = control.messages.tls.peer if control.messages.tls else None
+        if tls := control.messages.tls:
+            self.report.peer, self.report.ktls = tls.peer, tls.ktls
+        else:
+            self.report.peer = self.report.ktls = None
         session = self.session = Session(self, control, hello, self.epoch)
         self.token, self.token_before = session.token, hello.token
         log.info("source %s, epoch %d", control.messages.address, self.epoch, extra={"migration": self.name})

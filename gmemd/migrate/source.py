@@ -62,6 +62,7 @@ class Progress:
     switched: float | None = None
     completed: float | None = None
     recoveries: int = 0
+    ktls: list[str] | None = None  # what the kernel does of TLS, with TLS
     trouble: str | None = None
     verdict: Verdict | None = None
 
@@ -134,6 +135,7 @@ class OutgoingMigration:
         messages = await connect(self.to.host, self.to.port, self.settings.handshake_timeout, self.to.secured)
         async with messages.stream:
             control = ControlLane(messages, Role.SOURCE)
+            self.progress.ktls = messages.tls.ktls if messages.tls else None
             welcome = await self._greet(control)
             if welcome:
                 self.epoch, self.token = welcome.epoch, welcome.token

@@ -253,9 +253,9 @@ int gm_tls_shared(const struct gm_tls *t)
     return t->peer.shared != NULL;
 }
 
-int gm_tls_in_kernel(const struct gm_tls *t)
+int gm_tls_ktls(const struct gm_tls *t)
 {
-    return in_kernel(t);
+    return (in_kernel(t) ? GM_TLS_KTLS_SENDS : 0) | (BIO_get_ktls_recv(SSL_get_rbio(t->ssl)) ? GM_TLS_KTLS_RECEIVES : 0);
 }
 
 void gm_tls_set_most_records(struct gm_tls *t, uint64_t records)

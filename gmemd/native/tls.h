@@ -28,11 +28,17 @@ enum gm_tls_state {
     GM_TLS_WANTS_WRITE = -3, /* go on when it is writable */
 };
 
+enum gm_tls_ktls {
+    GM_TLS_KTLS_SENDS = 1,    /* it enciphers what we send */
+    GM_TLS_KTLS_RECEIVES = 2, /* it deciphers what comes */
+};
+
 struct gm_tls_context; /* who we are, and whom we trust */
 struct gm_tls;         /* one connection */
 
-/* The server's end or the client's. Without a certificate or a key, nobody is let in. */
-struct gm_tls_context *gm_tls_context_new(int server, struct gm_problem *ret);
+/* The server's end or the client's. Without a certificate or a key, nobody is let in. `ktls`: the kernel may encipher and decipher, in
+ * the directions that it and OpenSSL can. */
+struct gm_tls_context *gm_tls_context_new(int server, int ktls, struct gm_problem *ret);
 void gm_tls_context_free(struct gm_tls_context *c);
 /* PEM: our certificate with those between it and the root, its key, and the certificates that the peer's must come from. */
 int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, const char *key, const char *ca,
@@ -61,8 +67,8 @@ void gm_tls_describe_peer(const struct gm_tls *t, char *out);
 int gm_tls_peer_is(const struct gm_tls *t, const char *name);
 /* Whether it came with a pre-shared key. */
 int gm_tls_shared(const struct gm_tls *t);
-/* Whether the kernel enciphers what we send. */
-int gm_tls_in_kernel(const struct gm_tls *t);
+/* What the kernel does of it: bits of gm_tls_ktls. */
+int gm_tls_ktls(const struct gm_tls *t);
 /* After so many records the connection has to be made anew; for tests. */
 void gm_tls_set_most_records(struct gm_tls *t, uint64_t records);
 /* end python */

@@ -8,6 +8,7 @@ from gmemd.native._errors import check, checked, exception, problem
 from gmemd.native._native import ffi, lib
 
 MIN_KEY, MAX_KEY = lib.GM_TLS_MIN_KEY, lib.GM_TLS_MAX_KEY
+KTLS = {lib.GM_TLS_KTLS_SENDS: "send", lib.GM_TLS_KTLS_RECEIVES: "receive"}
 
 
 class Wants(Enum):
@@ -26,10 +27,13 @@ class Pem(NamedTuple):
 
 
 class TlsContext:
-    """What the sessions of one end have in common. `shared`: the pre-shared keys by name; a client has one."""
+    """What the sessions of one end have in common. `shared`: the pre-shared keys by name; a client has one. `ktls`: the
+    kernel may do what it can of it."""
 
-    def __init__(self, *, server: bool, pem: Pem | None = None, shared: Mapping[str, bytes] | None = None) -> None:
-        self.native: Any = ffi.gc(checked(lib.gm_tls_context_new, server), lib.gm_tls_context_free)
+    def __init__(
+        self, *, server: bool, pem: Pem | None = None, shared: Mapping[str, bytes] | None = None, ktls: bool = True
+    ) -> None:
+        self.native: Any = ffi.gc(checked(lib.gm_tls_context_new, server, ktls), lib.gm_tls_context_free)
         if pem:
             check(lib.gm_tls_context_certify, self.native, *pem)
         for name, key in (shared or {}).items():
@@ -88,9 +92,10 @@ class Tls:
         return bool(lib.gm_tls_shared(self.native))
 
     @property
-    def in_kernel(self) -> bool:
-        """Whether the kernel enciphers what we send."""
-        return bool(lib.gm_tls_in_kernel(self.native))
+    def ktls(self) -> list[str]:
+        """What the kernel does of it: "send", "receive", both or neither."""
+        found = lib.gm_tls_ktls(self.native)
+        return [name for bit, name in KTLS.items() if found & bit]
 
     def set_most_records(self, records: int) -> None:
         """After so many the connection has to be made anew."""

@@ -141,10 +141,10 @@ static int blame(struct gm_problem *ret, const char *what)
     return gm_blame(ret, GM_KERNEL, 0, "TLS: %s%s%s", what, why ? ": " : "", why ? why : "");
 }
 
-static bool set_up(SSL_CTX *ssl)
+static bool set_up(SSL_CTX *ssl, bool ktls)
 {
     SSL_CTX_set_options(ssl, SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION |
-                                 SSL_OP_CIPHER_SERVER_PREFERENCE | SSL_OP_ENABLE_KTLS);
+                                 SSL_OP_CIPHER_SERVER_PREFERENCE | (ktls ? SSL_OP_ENABLE_KTLS : 0));
     SSL_CTX_set_session_cache_mode(ssl, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_NO_AUTO_CHAIN);
     SSL_CTX_set_verify(ssl, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, verified);
@@ -156,7 +156,7 @@ static bool set_up(SSL_CTX *ssl)
            SSL_CTX_set_max_proto_version(ssl, TLS1_3_VERSION) && SSL_CTX_set_ciphersuites(ssl, SUITES);
 }
 
-struct gm_tls_context *gm_tls_context_new(int server, struct gm_problem *ret)
+struct gm_tls_context *gm_tls_context_new(int server, int ktls, struct gm_problem *ret)
 {
     struct gm_tls_context *c = calloc(1, sizeof *c);
 
@@ -165,7 +165,7 @@ struct gm_tls_context *gm_tls_context_new(int server, struct gm_problem *ret)
         c->server = server;
         c->ssl = SSL_CTX_new(server ? TLS_server_method() : TLS_client_method());
     }
-    if (!c || !c->ssl || !set_up(c->ssl)) {
+    if (!c || !c->ssl || !set_up(c->ssl, ktls)) {
         blame(ret, "cannot be set up");
         gm_tls_context_free(c);
         return NULL;

@@ -199,5 +199,6 @@ class Demo:
             "duration_us": duration_us,
             "recoveries": migration["recoveries"],
             "tls": migration["tls"],
+            "ktls": migration["ktls"],
             "verify": migration["verify"],
         }
