@@ -11,6 +11,7 @@ from gmemd.stages import picture
 from gmemd_tools.bench import qemu
 from gmemd_tools.bench.limits import LIMITS, TOLERANCE
 from gmemd_tools.bench.measures import MEASURES, SLOW, Figures, bench
+from gmemd_tools.bench.programs import kvm_missing
 
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 MEMORY = 512 << 20
@@ -25,6 +26,8 @@ def main() -> int:
     if (why := qemu.missing()) and "qemu" in chosen:
         print(f"bench: without QEMU: {why}", file=sys.stderr)
         chosen.remove("qemu")
+    if why := kvm_missing():
+        print(f"bench: without vCPUs, threads stand in for them: {why}", file=sys.stderr)
     with bench(options.memory << 20) as b:
         for _ in range(options.repetitions or (QUICK_REPETITIONS if options.quick else REPETITIONS)):
             runs.append({})

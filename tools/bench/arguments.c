@@ -60,6 +60,9 @@ static void take(struct arguments *a, char option, const char *name, const char 
     case 'S':
         a->stages = text;
         break;
+    case 'v':
+        a->image = text;
+        break;
     case 'r':
         a->random = true;
         break;
@@ -79,8 +82,8 @@ struct arguments arguments_parse(int argc, char **argv)
         {"source", required_argument, NULL, 'f'},  {"threads", required_argument, NULL, 't'},
         {"touches", required_argument, NULL, 'n'}, {"think-ns", required_argument, NULL, 'k'},
         {"stride", required_argument, NULL, 'd'},  {"stages", required_argument, NULL, 'S'},
-        {"random", no_argument, NULL, 'r'},        {"sleep", no_argument, NULL, 's'},
-        {NULL, 0, NULL, 0},
+        {"vcpu", required_argument, NULL, 'v'},    {"random", no_argument, NULL, 'r'},
+        {"sleep", no_argument, NULL, 's'},         {NULL, 0, NULL, 0},
     };
     struct arguments a = {.machine = {.memory = 256u << 20, .regions = 1}, .threads = 1, .stride = 1};
     int option, index = 0;

@@ -15,6 +15,7 @@ struct arguments {
     uint64_t think_ns;      /* that a thread computes between two touches */
     uint32_t stride;        /* pages from one touch to the next */
     const char *stages;     /* a file for when each touch that waited began and ended */
+    const char *image;      /* what a vCPU runs, in place of threads that touch */
     bool random;
     bool sleep; /* instead of polling */
 };

@@ -16,13 +16,15 @@ class Limit:
     against: str | None
     limit: float
     at_least: bool = False
+    instead: str | None = None  # of ours, in a run that has not got the figure
 
     def ratios(self, runs: list[dict[str, float]]) -> list[float]:
         """One for each repetition that has both figures."""
         return [
-            run[self.figure] / (run[self.against] if self.against else 1.0)
+            ours / (run[self.against] if self.against else 1.0)
             for run in runs
-            if self.figure in run and (self.against is None or run.get(self.against))
+            if (ours := run.get(self.figure, run.get(self.instead or self.figure))) is not None
+            and (self.against is None or run.get(self.against))
         ]
 
     def holds(self, ratios: list[float], tolerance: float = 0.0) -> bool:
@@ -32,14 +34,23 @@ class Limit:
 
 
 FLOOR = "floor polling, 1 threads"
+HANDLED = ", read to continued"  # by the daemon's clock, as QEMU measures it
+
+
+def _on_a_vcpu(title: str, pattern: str, kind: str, against: str | None, limit: float) -> Limit:
+    """Of a guest on a vCPU, as QEMU's is; a thread stands in for it where there is no KVM."""
+    name = f"busy {pattern}{{}}{kind}"
+    return Limit(title, name.format(", vCPU"), against, limit, instead=name.format(""))
+
+
 LIMITS = [
     Limit("fault p50, 1 thread, against the polling floor", "idle, 1 threads: p50", f"{FLOOR}: p50", 1.25),
     Limit("fault p99, the same", "idle, 1 threads: p99", f"{FLOOR}: p99", 1.5),
     Limit("mean fault, background saturating against without", "busy random: mean", "idle, 1 threads: mean", 2.0),
-    Limit("mean wait a fault against QEMU's, random", "busy random: mean", "QEMU random: mean", 0.1),
-    Limit("the same, sequential", "busy sequential: mean", "QEMU sequential: mean", 0.67),
-    Limit("share blocked, random touches", "busy random: share blocked", None, 0.3),
-    Limit("total time against QEMU's", "busy random: total", "QEMU random: total", 0.67),
+    _on_a_vcpu("mean wait a fault against QEMU's, random", "random", f"{HANDLED}: mean", "QEMU random: mean", 0.1),
+    _on_a_vcpu("the same, sequential", "sequential", f"{HANDLED}: mean", "QEMU sequential: mean", 0.67),
+    _on_a_vcpu("share blocked, random touches", "random", f"{HANDLED}: share blocked", None, 0.3),
+    _on_a_vcpu("total time against QEMU's", "random", ": total", "QEMU random: total", 0.67),
     *(Limit(f"background throughput, {n} lanes, against plain streams", f"{n} lanes: bytes/s",
             f"stream of {n}: bytes/s", 0.9, at_least=True) for n in (1, 2, 4)),
     *(Limit(f"CPU a GiB, {n} lanes, against plain streams", f"{n} lanes: CPU s/GiB", f"stream of {n}: CPU s/GiB", 1.25)

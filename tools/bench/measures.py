@@ -14,7 +14,7 @@ from gmemd_tools.bench import ours, qemu
 from gmemd_tools.bench.content import PAGE, memory_file
 from gmemd_tools.bench.link import missing as shaped_missing
 from gmemd_tools.bench.link import shaped
-from gmemd_tools.bench.programs import Result, run
+from gmemd_tools.bench.programs import Result, image, kvm_missing, run
 from gmemd_tools.demo.certificates import Authority
 
 GIB = 1 << 30
@@ -25,6 +25,7 @@ THREADS = (1, 2, 4, 8)
 LANES = (1, 2, 4)
 AHEAD = (0, 16, 63)  # pages at most; 16 is what a source does unless told otherwise
 THINK_NS = 20_000
+VCPU = ", vCPU"
 LINKS = (1000, 4000)  # Mbit/s
 LINK_THINK_NS = 200_000
 LINK_SETTINGS = 'tls = "off"\nplain_text_on_network = true\n'  # of [network]: nobody else is on it
@@ -77,18 +78,20 @@ def idle(b: Bench) -> Figures:
                              source=("--no-background",), whole=False)  # fmt: skip
         figures |= _waits(f"idle, {threads} threads", told["guest"])
         figures["time to ready"] = told["ready_us"]
+    if not kvm_missing():
+        vcpu = image("binary", b.memory // PAGE, random=True, touches=FAULTS)
+        told = b.daemon.move(b.content, b.memory, "--vcpu", vcpu, "--touches", FAULTS,
+                             source=("--no-background",), whole=False)  # fmt: skip
+        figures |= _waits(f"idle{VCPU}", told["guest"])
     return figures
 
 
 def busy(b: Bench) -> Figures:
     """Whole migrations of a guest that touches as fast as it can."""
     figures: Figures = {}
-    for pattern, how in PATTERNS.items():
-        told = b.daemon.move(b.content, b.memory, *how)
-        total = told["source"]["duration_us"]
-        figures |= _waits(f"busy {pattern}", told["guest"])
-        figures[f"busy {pattern}: total"] = total
-        figures[f"busy {pattern}: share blocked"] = told["guest"]["wait_us"]["sum"] / total
+    for pattern in PATTERNS:
+        for guest, how in _guests(b, pattern).items():
+            figures |= _whole(f"busy {pattern}{guest}", b.daemon.move(b.content, b.memory, *how))
     return figures
 
 
@@ -107,11 +110,10 @@ def peer(b: Bench) -> Figures:
 def thinking(b: Bench) -> Figures:
     """The same guest beside QEMU's, when it does something with what it has read."""
     figures: Figures = {}
-    for pattern, how in PATTERNS.items():
-        told = b.daemon.move(b.content, b.memory, *how, "--think-ns", THINK_NS)
+    for pattern in PATTERNS:
         name = f"thinking {pattern}"
-        figures |= _waits(name, told["guest"])
-        figures[f"{name}: share blocked"] = told["guest"]["wait_us"]["sum"] / told["source"]["duration_us"]
+        for guest, how in _guests(b, pattern, THINK_NS).items():
+            figures |= _whole(f"{name}{guest}", b.daemon.move(b.content, b.memory, *how))
         if not qemu.missing():
             told = qemu.move(b.folder, b.memory, random=pattern == "random", think_ns=THINK_NS)
             figures[f"QEMU {name}: mean"] = told["wait_us"]
@@ -253,6 +255,27 @@ MEASURES: dict[str, Callable[[Bench], Figures]] = {
 
 # What --quick does without.
 SLOW = {"thinking", "stages", "ahead", "link", "growth", "cost"}
+
+
+def _guests(b: Bench, pattern: str, think_ns: int = 0) -> dict[str, tuple[object, ...]]:
+    """Who touches all memory, and what to tell it: a thread, and a vCPU if there can be one."""
+    guests: dict[str, tuple[object, ...]] = {"": (*PATTERNS[pattern], "--think-ns", think_ns)}
+    if not kvm_missing():
+        guests[VCPU] = "--vcpu", image("binary", b.memory // PAGE, random=pattern == "random", think_ns=think_ns)
+    return guests
+
+
+def _whole(name: str, told: Result) -> Figures:
+    """Of a whole migration: waits by the guest's clock, and by the daemon's as QEMU measures them."""
+    total, threads = told["source"]["duration_us"], told["daemon"]["threads"]
+    count, blocked = (sum(thread[key] for thread in threads) for key in ("waits", "blocked_us"))
+    return _waits(name, told["guest"]) | {
+        f"{name}: share blocked": told["guest"]["wait_us"]["sum"] / total,
+        f"{name}: total": total,
+        f"{name}, read to continued: count": count,
+        f"{name}, read to continued: mean": blocked / count if count else 0.0,
+        f"{name}, read to continued: share blocked": blocked / total,
+    }
 
 
 def _waits(name: str, told: Result) -> Figures:

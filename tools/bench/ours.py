@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from gmemd_tools.bench.link import Link
 from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
 
 BIN = Path(sys.executable).parent
+LOOK_S = 0.5  # between two looks at a sender, while its guest says nothing
 
 
 class Daemon:
@@ -52,13 +54,14 @@ class Daemon:
         self._migrations += 1
         name = f"bench-{self._migrations}"
         toucher = _Guest(self._socket, name, memory, *guest)
+        inside = self._link.at_source if self._link else ()
         sender = _Sender(
-            f"{self.host}:{self._port}", name, content, *source, inside=self._link.at_source if self._link else ()
+            self.folder / f"{name}.log", f"{self.host}:{self._port}", name, content, *source, inside=inside
         )
         try:
-            toucher.expect("ready")
+            toucher.expect("ready", sender)
             before = cpu_seconds(self.process.pid), cpu_seconds(sender.pid)
-            result = {"guest": toucher.expect("guest"), "ready_us": toucher.ready_us}
+            result = {"guest": toucher.expect("guest", sender), "ready_us": toucher.ready_us}
             result["source_memory"] = own_memory(sender.pid)
             if whole:
                 result["source"], cpu = sender.finish()
@@ -102,45 +105,72 @@ class _Guest:
 
     def __init__(self, socket: Path, name: str, memory: int, *arguments: object) -> None:
         words = [program("guest"), "--gmemd", socket, "--migration", name, "--memory", memory, *arguments]
-        self._process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._sent = self.expect("sent")["at_ns"]
+        self._process = subprocess.Popen(
+            list(map(str, words)), bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.ready_us = 0.0
+        self._ended = False
+        self._sent = self.expect("sent")["at_ns"]
 
-    def expect(self, name: str) -> Result:
-        """Reads events up to the one with this name."""
+    def expect(self, name: str, sender: "_Sender | None" = None) -> Result:
+        """Reads events up to the one with this name. It may never come if its sender fails."""
         assert self._process.stdout
-        for line in self._process.stdout:
+        while line := self._line(sender):
             event: Result = json.loads(line)
             if event["event"] == "error":
                 raise ProgramError(f"guest: {event['message']}")
             if event["event"] == "ready":
                 self.ready_us = (event["at_ns"] - self._sent) / 1e3
+            self._ended = event["event"] == "guest"
             if event["event"] == name:
                 return event
         raise ProgramError(f"guest: ended before {name!r}")
 
+    def _line(self, sender: "_Sender | None") -> bytes:
+        assert self._process.stdout
+        while not select.select([self._process.stdout], [], [], LOOK_S)[0]:
+            if sender:
+                sender.check()
+        return self._process.stdout.readline()
+
     def close(self) -> None:
+        if not self._ended:
+            self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate(timeout=PATIENCE)
 
 
 class _Sender:
-    """gmemd-source, with what it used of a CPU."""
+    """gmemd-source, with what it used of a CPU. What it has to say, in `log`, is of interest if it fails."""
 
-    def __init__(self, address: str, name: str, content: Path, *arguments: object, inside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, log: Path, address: str, name: str, content: Path, *arguments: object, inside: Sequence[str] = ()
+    ) -> None:
         words = [*inside, BIN / "gmemd-source", address, "--migration", name, "--file", content, "--json"]
-        self._process = subprocess.Popen([*map(str, words), *map(str, arguments)], stdout=subprocess.PIPE)
+        command = [*map(str, words), *map(str, arguments)]
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+        self._log = log
         self.pid = self._process.pid
         self._ended = False
 
     def finish(self) -> tuple[Result, float]:
         """Waits for its end; its own summary, and seconds of CPU."""
         assert self._process.stdout
-        summary: Result = json.loads(self._process.stdout.read())
+        text = self._process.stdout.read()
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.check()
+        summary: Result = json.loads(text)
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self._ended = True
         return summary, usage.ru_utime + usage.ru_stime
+
+    def check(self) -> None:
+        """Raises if it has failed."""
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if end and end.si_status:
+            raise ProgramError(f"gmemd-source: status {end.si_status}: {self._log.read_text()}")
 
     def close(self) -> None:
         if not self._ended:

@@ -1,27 +1,44 @@
 """The C programs of the benchmarks: built beside the daemon that they measure, run to the end, read as JSON."""
 
+import fcntl
 import json
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HERE = Path(__file__).resolve().parent
 VMM = HERE.parent / "vmm"
 BUILT = HERE.parents[1] / "build/bench"
-SHARED = ("arguments.c", "loopback.c", "samples.c", "touch.c")
+SHARED = ("arguments.c", "loopback.c", "samples.c", "touch.c", "vcpu.c")
 FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 # A guest has no C library below it, and no one who would save its vector registers or stack beyond the pointer.
 BARE = [*FLAGS, "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-mno-red-zone", "-mno-sse",
         "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none",
         "-Wl,--no-warn-rwx-segments"]  # fmt: skip
 PATIENCE = 60.0  # seconds; nothing here takes half of it
+ENDLESS = 2**64 - 1
+WAIT_NS = 15_000  # a touch on a vCPU that took so long has waited for its page
+KVM = Path("/dev/kvm")
+KVM_CREATE_VM = 0xAE01
 
 Result = dict[str, Any]
 
 
 class ProgramError(Exception):
     """A program of ours, or one that is measured, did not do what it is for."""
+
+
+@cache
+def kvm_missing() -> str | None:
+    """Why there can be no vCPU here, if so."""
+    try:
+        with KVM.open("r+b", buffering=0) as kvm:
+            os.close(fcntl.ioctl(kvm, KVM_CREATE_VM, 0))
+    except OSError as error:
+        return f"{KVM}: {error.strerror}"
+    return None
 
 
 @cache
@@ -35,16 +52,19 @@ def program(name: str) -> Path:
 
 
 @cache
-def qemu_guest(pages: int, *, random: bool, think_ns: int = 0) -> Path:
-    """Builds the guest for QEMU that touches so many pages; an ELF file of 32 bits, as multiboot wants it."""
-    cycles = int(think_ns * _tsc_mhz() / 1000)
+def image(
+    kind: Literal["elf32-i386", "binary"], pages: int, *, random: bool, think_ns: int = 0, touches: int = ENDLESS
+) -> Path:
+    """Builds the guest that touches so many pages on a vCPU: as multiboot wants it, or as it lies in memory."""
+    name = f"image-{pages}-{'random' if random else 'sequential'}-{think_ns}-{touches}"
+    cycles = _tsc_mhz() / 1000
     BUILT.mkdir(parents=True, exist_ok=True)
-    whole = BUILT / f"qemu-guest-{pages}-{'random' if random else 'sequential'}-{think_ns}"
-    _compile([*BARE, f"-DPAGES={pages}", f"-DRANDOM={random:d}", f"-DTHINK_CYCLES={cycles}",
-              "-T", str(HERE / "qemu_guest.ld"), "-o", str(whole), str(HERE / "qemu_guest.c")])  # fmt: skip
-    small = whole.with_suffix(".elf")
-    subprocess.run(["objcopy", "-O", "elf32-i386", str(whole), str(small)], check=True)
-    return small
+    _compile([*BARE, f"-DPAGES={pages}u", f"-DRANDOM={random:d}", f"-DTOUCHES={touches}u",
+              f"-DTHINK_CYCLES={int(think_ns * cycles)}u", f"-DWAIT_CYCLES={int(WAIT_NS * cycles)}u",
+              "-T", str(HERE / "image.ld"), "-o", str(BUILT / name), str(HERE / "image.c")])  # fmt: skip
+    made = BUILT / f"{name}.{kind}"
+    subprocess.run(["objcopy", "-O", kind, str(BUILT / name), str(made)], check=True)
+    return made
 
 
 def _tsc_mhz() -> float:

@@ -1,6 +1,5 @@
 """QEMU's postcopy, measured: two of them over loopback TCP, and a guest that does nothing but touch its memory."""
 
-import os
 import shutil
 import subprocess
 import time
@@ -9,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gmemd_tools.bench.content import PAGE
-from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, qemu_guest
+from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, image, kvm_missing
 from gmemd_tools.bench.qmp import Qmp
 
 QEMU = "qemu-system-x86_64"
-FIRST_PAGE = (16 << 20) // PAGE  # as in qemu_guest.c
-FILLED = b"F"
+LOW_MEMORY = 16 << 20  # as in image.h, as are the letters
+FILLED, WRONG = b"F", b"W"
 PRECOPY_BYTES_PER_S = 1 << 20  # next to nothing: all memory moves after the guest
 # The machine without firmware to speak of starts in no time; TCG is what there is without KVM.
 ACCELERATORS = {"kvm": ["-accel", "kvm", "-machine", "microvm"], "tcg": ["-accel", "tcg"]}
@@ -26,11 +25,11 @@ def missing() -> str | None:
 
 
 def move(folder: Path, memory: int, *, random: bool, think_ns: int = 0, preempt: bool = True) -> Result:
-    """Moves a guest of `memory` bytes; what QEMU says of it."""
-    accelerator = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
-    kernel = qemu_guest(memory // PAGE - FIRST_PAGE, random=random, think_ns=think_ns)
-    common = [QEMU, *ACCELERATORS[accelerator], "-m", f"{memory >> 20}M", "-display", "none", "-nodefaults",
-              "-kernel", str(kernel), "-global", "isa-debugcon.iobase=0x402"]  # fmt: skip
+    """Moves a guest that touches `memory` bytes; what QEMU says of it."""
+    accelerator = "tcg" if kvm_missing() else "kvm"
+    kernel = image("elf32-i386", memory // PAGE, random=random, think_ns=think_ns)
+    common = [QEMU, *ACCELERATORS[accelerator], "-m", f"{(LOW_MEMORY + memory) >> 20}M", "-display", "none",
+              "-nodefaults", "-kernel", str(kernel), "-global", "isa-debugcon.iobase=0x402"]  # fmt: skip
     with ExitStack() as stack:
         source = stack.enter_context(_qemu(common, folder / "qemu-source"))
         there = stack.enter_context(_qemu([*common, "-incoming", "defer"], folder / "qemu-destination"))
@@ -38,7 +37,10 @@ def move(folder: Path, memory: int, *, random: bool, think_ns: int = 0, preempt:
         _switch_on(source, "events", "postcopy-ram", *["postcopy-preempt"] * preempt)
         _switch_on(there, "events", "postcopy-ram", "postcopy-blocktime", *["postcopy-preempt"] * preempt)
         source.command("migrate-set-parameters", **{"max-bandwidth": PRECOPY_BYTES_PER_S, "max-postcopy-bandwidth": 0})
-        return {"accelerator": accelerator} | _move(source, there)
+        result = _move(source, there)
+        if WRONG in (folder / "qemu-destination.debug").read_bytes():
+            raise ProgramError("the guest in QEMU found a page without its content")
+        return {"accelerator": accelerator} | result
 
 
 def _move(source: Qmp, there: Qmp) -> Result:

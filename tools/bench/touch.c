@@ -64,25 +64,37 @@ static void think(uint64_t ns)
         ;
 }
 
-static void *run(void *argument)
+static void touch_pages(struct touch_thread *thread)
 {
-    struct touch_thread *thread = argument;
-    struct touch *touch = thread->touch;
+    const struct touch *touch = thread->touch;
     const struct arguments *a = touch->arguments;
     uint32_t pages = touch->pages, place = (uint32_t)((uint64_t)pages * thread->id / a->threads);
     uint64_t most = a->touches ? a->touches / a->threads : UINT64_MAX;
     unsigned half = pattern_half(pages);
 
-    pthread_barrier_wait(&touch->begin);
     thread->faults = faults_so_far();
-    thread->begin_ns = now_ns();
     while (thread->touches < most && !__atomic_load_n(&touch->stop, __ATOMIC_RELAXED)) {
         touch_page(thread, a->random ? pattern_shuffled(place, pages, half) : place);
         place = (uint32_t)(((uint64_t)place + a->stride) % pages);
         if (a->think_ns)
             think(a->think_ns);
     }
+}
+
+static void *run(void *argument)
+{
+    struct touch_thread *thread = argument;
+    struct touch *touch = thread->touch;
+
+    pthread_barrier_wait(&touch->begin);
+    thread->begin_ns = now_ns();
+    if (touch->vcpu)
+        vcpu_run(touch->vcpu);
+    else
+        touch_pages(thread);
     thread->end_ns = now_ns();
+    if (touch->vcpu)
+        thread->touches = vcpu_touches(touch->vcpu, &thread->waits);
     return NULL;
 }
 
@@ -96,7 +108,11 @@ void touch_create(struct touch *touch, const struct arguments *arguments, const 
         fail(EX_USAGE, "--memory: %llu pages are too many", (unsigned long long)pages);
     if (arguments->touches > pages)
         fail(EX_USAGE, "--touches: the memory has only %llu pages", (unsigned long long)pages);
+    if (arguments->image && arguments->threads > 1)
+        fail(EX_USAGE, "--vcpu: there is only one");
     *touch = (struct touch){.arguments = arguments, .memory = memory, .pages = (uint32_t)pages};
+    if (arguments->image)
+        touch->vcpu = vcpu_create(arguments->image, memory);
     pthread_barrier_init(&touch->begin, NULL, arguments->threads + 1);
     for (unsigned i = 0; i < arguments->threads; i++) {
         struct touch_thread *thread = &touch->thread[i];
@@ -121,6 +137,8 @@ void touch_begin(struct touch *touch)
 void touch_join(struct touch *touch, bool stop)
 {
     __atomic_store_n(&touch->stop, stop, __ATOMIC_RELAXED);
+    if (stop && touch->vcpu)
+        vcpu_stop(touch->vcpu, touch->thread[0].thread);
     for (unsigned i = 0; i < touch->arguments->threads; i++)
         pthread_join(touch->thread[i].thread, NULL);
 }

@@ -1,6 +1,6 @@
 /*
- * Threads that touch guest memory and time the touches that have to wait. The floor and the guest of gmemd are measured
- * by this same code.
+ * Threads, or a vCPU, that touch guest memory and time the touches that have to wait. The floor and the guest of gmemd
+ * are measured by this same code.
  */
 #ifndef GMEMD_BENCH_TOUCH_H
 #define GMEMD_BENCH_TOUCH_H
@@ -10,6 +10,7 @@
 #include "../vmm/memory.h"
 #include "arguments.h"
 #include "samples.h"
+#include "vcpu.h"
 
 enum { TOUCH_THREADS = 64 };
 
@@ -28,6 +29,7 @@ struct touch {
     const struct arguments *arguments;
     const struct memory *memory;
     uint32_t pages;
+    struct bench_vcpu *vcpu; /* that touches in place of the threads */
     bool stop; /* set atomically: end after the next touch */
     pthread_barrier_t begin;
     struct touch_thread thread[TOUCH_THREADS];

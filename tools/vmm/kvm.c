@@ -15,7 +15,6 @@
 #include <sys/mman.h>
 
 #include "base.h"
-#include "layout.h"
 #include "machine.h"
 #include "uapi.h"
 
@@ -97,12 +96,11 @@ static void reset_segments(struct kvm_sregs *sregs)
     sregs->ds = sregs->es = sregs->fs = sregs->gs = sregs->ss = data;
 }
 
-void kvm_reset_vcpu(struct vcpu *vcpu)
+void kvm_reset_vcpu(const struct vcpu *vcpu, uint64_t entry, uint64_t stack, uint64_t tables)
 {
-    const struct guest_params *params = &vcpu->machine->params;
     struct kvm_regs regs = {
-        .rip = layout_entry(params),
-        .rsp = layout_stack(params, vcpu->id),
+        .rip = entry,
+        .rsp = stack,
         .rflags = RFLAGS,
         .rsi = vcpu->id, /* guest_program(0, id, NULL) */
     };
@@ -111,7 +109,7 @@ void kvm_reset_vcpu(struct vcpu *vcpu)
     VCPU_IOCTL(vcpu, KVM_GET_SREGS, &sregs);
     reset_segments(&sregs);
     sregs.cr0 = CR0;
-    sregs.cr3 = params->tables;
+    sregs.cr3 = tables;
     sregs.cr4 = CR4;
     sregs.efer = EFER;
     VCPU_IOCTL(vcpu, KVM_SET_SREGS, &sregs);

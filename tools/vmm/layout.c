@@ -46,17 +46,16 @@ struct guest_params layout_params(const struct guest_workload *workload, uint64_
 }
 
 /* Accessed and dirty are set from the start, so that the CPU has nothing to write here. */
-static void build_tables(const struct guest_params *params, uint8_t *low)
+void layout_tables(uint8_t *low, uint64_t tables, uint64_t size)
 {
     const uint64_t pointer = PTE_PRESENT | PTE_WRITE | PTE_USER | PTE_ACCESSED;
     const uint64_t leaf = pointer | PTE_DIRTY | PTE_HUGE;
-    uint64_t *top = (uint64_t *)(void *)(low + params->tables);
+    uint64_t *top = (uint64_t *)(void *)(low + tables);
     uint64_t *second = top + TABLE_ENTRIES, *third = second + TABLE_ENTRIES;
-    uint64_t size = params->pages * GUEST_PAGE;
 
-    top[0] = (params->tables + GUEST_PAGE) | pointer;
+    top[0] = (tables + GUEST_PAGE) | pointer;
     for (uint64_t i = 0; i * TABLE_SPAN < size; i++)
-        second[i] = (params->tables + (2 + i) * GUEST_PAGE) | pointer;
+        second[i] = (tables + (2 + i) * GUEST_PAGE) | pointer;
     for (uint64_t i = 0; i * HUGE_PAGE < size; i++)
         third[i] = (i * HUGE_PAGE) | leaf;
 }
@@ -67,7 +66,7 @@ void layout_build(const struct guest_params *params, uint8_t *low)
     memset(low + params->stacks, STACK_FILL, params->vcpus * GUEST_PAGE);
     memcpy(low + params->program, __start_guest_code,
            (size_t)(__stop_guest_code - __start_guest_code));
-    build_tables(params, low);
+    layout_tables(low, params->tables, params->pages * GUEST_PAGE);
 }
 
 uint64_t layout_entry(const struct guest_params *params)

@@ -23,6 +23,9 @@ struct guest_params layout_params(const struct guest_workload *workload, uint64_
 /* Writes the low area as it is before the first instruction, into memory that is all zeros. */
 void layout_build(const struct guest_params *params, uint8_t *low);
 
+/* Page tables that map `size` bytes one to one: two pages, and one more for each GiB begun. */
+void layout_tables(uint8_t *low, uint64_t tables, uint64_t size);
+
 /* Where a vCPU enters the program, and the top of its stack. */
 uint64_t layout_entry(const struct guest_params *params);
 uint64_t layout_stack(const struct guest_params *params, uint64_t id);

@@ -143,7 +143,8 @@ void machine_reset(struct machine *machine, const struct guest_workload *workloa
     machine->params = layout_params(workload, machine->memory.size, machine->vcpus);
     layout_build(&machine->params, machine->memory.base);
     for (unsigned i = 0; machine->guest == GUEST_KVM && i < machine->vcpus; i++)
-        kvm_reset_vcpu(&machine->vcpu[i]);
+        kvm_reset_vcpu(&machine->vcpu[i], layout_entry(&machine->params),
+                       layout_stack(&machine->params, i), machine->params.tables);
 }
 
 void machine_restore(struct machine *machine, const struct guest_workload *workload,

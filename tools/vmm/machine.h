@@ -95,7 +95,7 @@ void kvm_create_vm(struct machine *machine);
 /* The slots of KVM, as --slot says. */
 void slots_create(const struct machine *machine, const struct options *options);
 void kvm_create_vcpu(struct vcpu *vcpu);
-void kvm_reset_vcpu(struct vcpu *vcpu);
+void kvm_reset_vcpu(const struct vcpu *vcpu, uint64_t entry, uint64_t stack, uint64_t tables);
 void kvm_save_vcpu(const struct vcpu *vcpu, struct vcpu_state *ret);
 void kvm_restore_vcpu(const struct vcpu *vcpu, const struct vcpu_state *state);
 void kvm_run_vcpu(struct vcpu *vcpu); /* until it is told to stop */

@@ -1,16 +1,17 @@
 /*
- * The guest that runs in QEMU: fills its memory from FIRST_PAGE on, says so on QEMU's debug port, and touches a page
- * after the other for ever, in the order in which the threads of touch.c do. Nothing but this file runs in it.
+ * The guest that runs on a vCPU. In QEMU it boots, fills its memory, says so on QEMU's debug port, and touches a page
+ * after the other, in the order in which the threads of touch.c do. On our own vCPU (vcpu.c) the very same program begins
+ * at the touching, with the memory that gmemd brings. Nothing but this file runs in either.
  *
  * A multiboot loader enters in 32 bits, in supervisor mode and without paging. A KVM that has no hardware below it
  * emulates that, some hundred times slower; hence the way into 64 bits and user mode, with the first 4 GiB mapped one to
  * one in pages of 2 MiB.
  */
+#include "image.h"
+
 #include "pattern.h"
 
 enum {
-    FIRST_PAGE = (16 << 20) / PATTERN_PAGE, /* above the firmware's and our own */
-    DEBUG_PORT = 0x402,
     TABLE_ENTRY = 7, /* present, writable, user */
     TABLE = 512,
 };
@@ -70,22 +71,38 @@ __asm__(".code32\n"
         "   push $guest\n"
         "   iretq\n");
 
+static struct image_told *const told = (struct image_told *)IMAGE_TOLD;
+
 static volatile uint64_t *first_word(uint32_t page)
 {
-    return (volatile uint64_t *)((FIRST_PAGE + page) * (uintptr_t)PATTERN_PAGE);
+    return (volatile uint64_t *)(IMAGE_MEMORY + page * (uintptr_t)PATTERN_PAGE);
 }
 
 static void say(char letter)
 {
-    __asm__ volatile("outb %0, %1" : : "a"(letter), "Nd"((uint16_t)DEBUG_PORT));
+    __asm__ volatile("outb %0, %1" : : "a"(letter), "Nd"((uint16_t)IMAGE_PORT) : "memory");
 }
 
 static uint64_t cycles(void)
 {
     uint32_t low, high;
 
-    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
     return (uint64_t)high << 32 | low;
+}
+
+static void touch_page(uint32_t page)
+{
+    uint64_t before = cycles(), value = *first_word(page), took = cycles() - before;
+
+    if (value != (uint64_t)page + 1) {
+        told->wrong_page = page;
+        told->wrong_found = value;
+        say(IMAGE_WRONG);
+    }
+    told->touches++;
+    if (took >= WAIT_CYCLES && told->waits < IMAGE_WAITS)
+        told->wait[told->waits++] = took;
 }
 
 static void think(void)
@@ -96,20 +113,27 @@ static void think(void)
         ;
 }
 
-__attribute__((used)) void guest(void)
+/* The linker puts it at IMAGE_ENTRY. */
+__attribute__((section(".touching"), noinline, used, noreturn)) static void touch(void)
 {
     unsigned half = pattern_half(PAGES);
 
-    for (uint32_t page = 0; page < PAGES; page++)
-        for (uint32_t word = 0; word < PATTERN_PAGE / 8; word++)
-            first_word(page)[word] = page + word + 1;
-    say('F');
-    for (uint32_t place = 0;; place = place + 1 < PAGES ? place + 1 : 0) {
-        uint32_t page = RANDOM ? pattern_shuffled(place, PAGES, half) : place;
-
-        if (*first_word(page) != page + 1)
-            say('W');
+    told->begin = cycles();
+    for (uint32_t place = 0; told->touches < TOUCHES; place = place + 1 < PAGES ? place + 1 : 0) {
+        touch_page(RANDOM ? pattern_shuffled(place, PAGES, half) : place);
         if (THINK_CYCLES)
             think();
     }
+    told->end = cycles();
+    for (;;)
+        say(IMAGE_ENDED);
+}
+
+__attribute__((used, noreturn)) static void guest(void)
+{
+    for (uint32_t page = 0; page < PAGES; page++)
+        for (uint32_t word = 0; word < PATTERN_PAGE / 8; word++)
+            first_word(page)[word] = page + word + 1;
+    say(IMAGE_FILLED);
+    touch();
 }
