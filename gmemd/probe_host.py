@@ -13,6 +13,7 @@ import resource
 import socket
 import stat
 import struct
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,6 +31,7 @@ TLS_1_3, AES_GCM_128 = 0x0304, 51
 SO_PEERPIDFD = 77
 
 SPARSE_MEMORY = 1 << 40  # bytes: a guest larger than that is rare
+FIRST_NICE = -15  # what native/precedence.c asks for
 OPEN_FILES = 1024  # 16 migrations whose VMMs hand over the most descriptors that one message holds, 64
 SOCKET_BUFFER = 4 << 20  # bytes: 25 Gbit/s with a round trip of 1.3 ms
 CLEAR_OF_LSM = ("", "unconfined", "kernel")
@@ -123,6 +125,24 @@ def _limit(which: int, wanted: int) -> Finding:
 
 def open_files() -> Finding:
     return _limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+
+
+def priority() -> Finding:
+    """Whether a thread may go before others of the host, as those do that answer faults."""
+    found: list[Finding] = []
+
+    def attempt() -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, FIRST_NICE)
+        except OSError as error:
+            found.append(Finding(False, os.getpriority(os.PRIO_PROCESS, 0), say_errno(error.errno or 0)))
+        else:
+            found.append(Finding(True, FIRST_NICE, "nice value of a thread"))
+
+    thread = threading.Thread(target=attempt)  # which ends with its priority
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def file_size() -> Finding:

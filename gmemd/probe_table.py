@@ -168,6 +168,12 @@ HOST = [
         "many migrations at once run out of descriptors",
         f"LimitNOFILE={host.OPEN_FILES} or more in gmemd.service; ulimit -n",
     ),
+    Check(
+        "limits.priority",
+        host.priority,
+        "on a busy host, answers to faults wait for a CPU as long as everything else",
+        f"LimitNICE={host.FIRST_NICE} in gmemd.service; ulimit -e {20 - host.FIRST_NICE}",
+    ),
     Check("limits.file_size", host.file_size, "the memory of a large guest cannot be written", "ulimit -f unlimited"),
     Check(
         "limits.sparse_memory",

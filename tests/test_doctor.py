@@ -289,6 +289,13 @@ def test_limits_are_those_of_the_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_the_priority_of_a_thread_is_tried_in_one_that_ends(report: dict[str, Any]) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    found = probe_host.priority()
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert found.ok == check_of(report, "limits.priority")["ok"] == (found.value == probe_host.FIRST_NICE)
+
+
 def test_the_limit_of_a_memory_cgroup_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of a made-up process in /a/b: the lowest limit above it counts, not that beyond the mount."""
     (tmp_path / "cgroup").write_text("1:name=systemd:/x\n0::/a/b\n")

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from support.source import SourceProcess, guest_content
 from support.users import ALICE, BOB, as_user, needs_root, open_folder, runs_for_anybody
 from support.vmm import PAGE, Vmm
 
+from gmemd.daemon import PAGER_THREAD
 from gmemd.migrate import wire
 from gmemd.native import crc32c
 
@@ -62,6 +64,27 @@ def test_it_serves_a_guest_with_no_privilege(folder: Path, rng: random.Random) -
         assert capabilities == {"0000000000000000"}
         assert told["NoNewPrivs"] == "1"
         assert told["Seccomp"] == "2"
+        assert daemon.stop() == 0
+        assert "warning" not in daemon.log.read_text()
+
+
+def priorities(daemon: DaemonProcess) -> dict[str, int]:
+    """Nice value by name of thread."""
+    threads = Path(f"/proc/{daemon.process.pid}/task").iterdir()
+    return {(path / "comm").read_text().strip(): os.getpriority(os.PRIO_PROCESS, int(path.name)) for path in threads}
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_pager_goes_first_where_it_may(folder: Path, allowed: bool) -> None:
+    """Without a capability; and nothing is said where it may not."""
+    first = int(re.findall(r"^LimitNICE=(-\d+)$", UNIT.read_text(), re.MULTILINE)[0]) if allowed else 0
+    raised = ("prlimit", f"--nice={20 - first}") if allowed else ()
+    if subprocess.run([*raised, "true"], capture_output=True).returncode:
+        pytest.skip("this root may not raise RLIMIT_NICE: no CAP_SYS_RESOURCE")
+    with DaemonProcess(folder, prefix=(*raised, *AS_ALICE, *FILTERED)) as daemon:
+        found = priorities(daemon)
+        assert found.pop(PAGER_THREAD) == first
+        assert set(found.values()) == {0}
         assert daemon.stop() == 0
         assert "warning" not in daemon.log.read_text()
 

@@ -8,6 +8,7 @@
 #include "cleanup.h"
 #include "faults.h"
 #include "poller.h"
+#include "precedence.h"
 #include "vcpus.h"
 
 #include <errno.h>
@@ -391,6 +392,7 @@ static int wait_for_work(struct gm_pager *p, const struct outlook *next, struct 
 
 int gm_pager_run(struct gm_pager *p, struct gm_problem *ret)
 {
+    GM_GOES_FIRST;
     struct epoll_event events[EVENTS];
     struct outlook next = {0};
 

@@ -2,6 +2,8 @@
 
 #include "clock.h"
 
+#include <sched.h>
+
 enum {
     MEMORY = 16,                   /* polls that the memory goes back, about */
     HARDLY_EVER = GM_POLL_ALL / 8, /* below this share, polling costs more than it saves */
@@ -16,11 +18,13 @@ void gm_poll_init(struct gm_poll *p, uint32_t most_us)
 static int poll_now(struct gm_poll *p, int epoll, struct epoll_event *events, int most)
 {
     uint64_t until = gm_now_ns() + p->most_ns;
-    int n;
+    int n = epoll_wait(epoll, events, most, 0);
 
-    do
+    while (!n && gm_now_ns() < until) {
+        if (!p->keeps_cpu)
+            sched_yield();
         n = epoll_wait(epoll, events, most, 0);
-    while (!n && gm_now_ns() < until);
+    }
     p->worth -= p->worth / MEMORY;
     if (n > 0)
         p->worth += GM_POLL_ALL / MEMORY;

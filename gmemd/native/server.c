@@ -4,6 +4,7 @@
 #include "clock.h"
 #include "frame.h"
 #include "poller.h"
+#include "precedence.h"
 #include "sender.h"
 
 #include <errno.h>
@@ -14,7 +15,10 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-enum { REQUESTS = 128 }; /* read at once: as many as a large guest's vCPUs send together */
+enum {
+    REQUESTS = 128,              /* read at once: as many as a large guest's vCPUs send together */
+    PUSHED_LATELY_NS = 10000000, /* a background that runs sends a frame more often than that */
+};
 
 struct gm_server {
     struct gm_sender sender;
@@ -24,6 +28,7 @@ struct gm_server {
     _Atomic bool stop, beat;
     bool writable_wanted;
     uint32_t round_trip_us;
+    uint64_t pushed, pushed_ns; /* background pages, and when there were more than before */
     size_t start, end; /* of the requests in `in` that are not answered */
     unsigned char in[REQUESTS * GM_HEADER_BYTES];
 };
@@ -113,7 +118,6 @@ static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t pa
     return 0;
 }
 
-/* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
 /* Writes down what the guest faulted on. */
 static void note(struct gm_trace *asked, const struct gm_frame *f)
 {
@@ -123,6 +127,7 @@ static void note(struct gm_trace *asked, const struct gm_frame *f)
         gm_trace_write(asked, &record);
 }
 
+/* Takes the first request that was read. Returns 1 if it has to wait for a flush, 0 if it is dealt with. */
 static int take_request(struct gm_server *server, struct gm_problem *ret)
 {
     struct gm_source *source = server->sender.source;
@@ -202,12 +207,27 @@ static int want_writable(struct gm_server *server, bool wanted, struct gm_proble
     return 0;
 }
 
+/* Whether the background sends: then nothing on this host is more urgent than an answer. */
+static bool background_runs(struct gm_server *server)
+{
+    uint64_t pushed = atomic_load_explicit(&server->sender.source->n.background_pages, memory_order_relaxed);
+    uint64_t now = gm_now_ns();
+
+    if (pushed != server->pushed)
+        server->pushed_ns = now;
+    server->pushed = pushed;
+    return now - server->pushed_ns < PUSHED_LATELY_NS;
+}
+
 /* Sleeps until there is something to do, and takes the kick if it was one. */
 static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
 {
     struct epoll_event events[2];
     uint64_t signals;
-    int n = gm_poll_wait(&server->poll, server->epoll, events, 2, -1);
+    int n;
+
+    server->poll.keeps_cpu = background_runs(server);
+    n = gm_poll_wait(&server->poll, server->epoll, events, 2, -1);
 
     if (n < 0 && errno != EINTR)
         return gm_blame(ret, GM_KERNEL, errno, "urgent lane");
@@ -219,6 +239,8 @@ static int sleep_until_needed(struct gm_server *server, struct gm_problem *ret)
 
 int gm_server_run(struct gm_server *server, struct gm_problem *ret)
 {
+    GM_GOES_FIRST;
+
     server->round_trip_us = gm_stream_round_trip(&server->sender.stream).least_us;
     while (!atomic_load(&server->stop)) {
         int full = answer(server, ret);
