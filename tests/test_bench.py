@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gmemd_tools.bench import ours
+from gmemd_tools.bench import ours, qemu
 from gmemd_tools.bench.content import NUMBER_BYTES, PAGE, memory_file
 from gmemd_tools.bench.programs import ProgramError, image
 
@@ -67,6 +67,13 @@ def test_a_vcpu_that_has_no_end_is_stopped_when_all_has_come(daemon: ours.Daemon
     told = daemon.move(content, MEMORY, "--vcpu", image("binary", PAGES, random=False))
     assert told["daemon"]["pages_received"] == PAGES
     assert told["guest"]["touches"] > 0
+
+
+@pytest.mark.skipif(bool(qemu.missing()), reason="QEMU is not installed")
+def test_the_guest_in_qemu_tells_what_ours_does(tmp_path: Path) -> None:
+    told = qemu.move(tmp_path, MEMORY, random=True)
+    assert told["guest_waits_us"]
+    assert sum(told["guest_waits_us"]) < told["total_us"]
 
 
 def test_a_source_that_fails_is_heard(daemon: ours.Daemon, content: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,8 @@ LIMITS = [
     Limit("mean fault, background saturating against without", "busy random: mean", "idle, 1 threads: mean", 2.0),
     _on_a_vcpu("mean wait a fault against QEMU's, random", "random", f"{HANDLED}: mean", "QEMU random: mean", 0.1),
     _on_a_vcpu("the same, sequential", "sequential", f"{HANDLED}: mean", "QEMU sequential: mean", 0.67),
+    _on_a_vcpu("by the guests' own clocks, random", "random", ": mean", "QEMU random, guest's clock: mean", 0.1),
+    _on_a_vcpu("the same, sequential", "sequential", ": mean", "QEMU sequential, guest's clock: mean", 0.67),
     _on_a_vcpu("share blocked, random touches", "random", f"{HANDLED}: share blocked", None, 0.3),
     _on_a_vcpu("total time against QEMU's", "random", ": total", "QEMU random: total", 0.67),
     *(Limit(f"background throughput, {n} lanes, against plain streams", f"{n} lanes: bytes/s",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 from gmemd.native import check, lib
@@ -100,10 +101,7 @@ def peer(b: Bench) -> Figures:
     figures: Figures = {}
     for pattern in PATTERNS:
         told = qemu.move(b.folder, b.memory, random=pattern == "random")
-        figures[f"QEMU {pattern}: mean"] = told["wait_us"]
-        figures[f"QEMU {pattern}: count"] = told["requests"]
-        figures[f"QEMU {pattern}: total"] = told["total_us"]
-        figures[f"QEMU {pattern}: share blocked"] = told["blocked_share"]
+        figures |= _of_qemu(f"QEMU {pattern}", told)
     return figures
 
 
@@ -116,9 +114,7 @@ def thinking(b: Bench) -> Figures:
             figures |= _whole(f"{name}{guest}", b.daemon.move(b.content, b.memory, *how))
         if not qemu.missing():
             told = qemu.move(b.folder, b.memory, random=pattern == "random", think_ns=THINK_NS)
-            figures[f"QEMU {name}: mean"] = told["wait_us"]
-            figures[f"QEMU {name}: count"] = told["requests"]
-            figures[f"QEMU {name}: share blocked"] = told["blocked_share"]
+            figures |= _of_qemu(f"QEMU {name}", told)
     return figures
 
 
@@ -275,6 +271,21 @@ def _whole(name: str, told: Result) -> Figures:
         f"{name}, read to continued: count": count,
         f"{name}, read to continued: mean": blocked / count if count else 0.0,
         f"{name}, read to continued: share blocked": blocked / total,
+    }
+
+
+def _of_qemu(name: str, told: Result) -> Figures:
+    """What QEMU says, and its guest."""
+    waits = told["guest_waits_us"]
+    return {
+        f"{name}: mean": told["wait_us"],
+        f"{name}: count": told["requests"],
+        f"{name}: total": told["total_us"],
+        f"{name}: share blocked": told["blocked_share"],
+        f"{name}, guest's clock: count": len(waits),
+        f"{name}, guest's clock: p50": median(waits) if waits else 0.0,
+        f"{name}, guest's clock: mean": mean(waits) if waits else 0.0,
+        f"{name}, guest's clock: share blocked": sum(waits) / told["total_us"],
     }
 
 

@@ -57,7 +57,7 @@ def image(
 ) -> Path:
     """Builds the guest that touches so many pages on a vCPU: as multiboot wants it, or as it lies in memory."""
     name = f"image-{pages}-{'random' if random else 'sequential'}-{think_ns}-{touches}"
-    cycles = _tsc_mhz() / 1000
+    cycles = tsc_mhz() / 1000
     BUILT.mkdir(parents=True, exist_ok=True)
     _compile([*BARE, f"-DPAGES={pages}u", f"-DRANDOM={random:d}", f"-DTOUCHES={touches}u",
               f"-DTHINK_CYCLES={int(think_ns * cycles)}u", f"-DWAIT_CYCLES={int(WAIT_NS * cycles)}u",
@@ -67,7 +67,7 @@ def image(
     return made
 
 
-def _tsc_mhz() -> float:
+def tsc_mhz() -> float:
     """How fast the time stamp counter of this CPU is, about: what a guest without a clock has to think by."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")), 0.0)

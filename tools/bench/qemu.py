@@ -3,17 +3,20 @@
 import shutil
 import subprocess
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gmemd_tools.bench.content import PAGE
-from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, image, kvm_missing
+from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, image, kvm_missing, tsc_mhz
 from gmemd_tools.bench.qmp import Qmp
 
 QEMU = "qemu-system-x86_64"
-LOW_MEMORY = 16 << 20  # as in image.h, as are the letters
+# As in image.h: where the guest's program ends, what it says, and what it writes down: eight bytes each, waits last.
+LOW_MEMORY = 16 << 20
 FILLED, WRONG = b"F", b"W"
+TOLD, TOLD_BYTES, TOLD_WAITS = 4 << 20, 1 << 20, 5
 PRECOPY_BYTES_PER_S = 1 << 20  # next to nothing: all memory moves after the guest
 # The machine without firmware to speak of starts in no time; TCG is what there is without KVM.
 ACCELERATORS = {"kvm": ["-accel", "kvm", "-machine", "microvm"], "tcg": ["-accel", "tcg"]}
@@ -37,7 +40,9 @@ def move(folder: Path, memory: int, *, random: bool, think_ns: int = 0, preempt:
         _switch_on(source, "events", "postcopy-ram", *["postcopy-preempt"] * preempt)
         _switch_on(there, "events", "postcopy-ram", "postcopy-blocktime", *["postcopy-preempt"] * preempt)
         source.command("migrate-set-parameters", **{"max-bandwidth": PRECOPY_BYTES_PER_S, "max-postcopy-bandwidth": 0})
+        before = _waits(source, folder)
         result = _move(source, there)
+        result["guest_waits_us"] = _waits(there, folder)[len(before) :]
         if WRONG in (folder / "qemu-destination.debug").read_bytes():
             raise ProgramError("the guest in QEMU found a page without its content")
         return {"accelerator": accelerator} | result
@@ -67,6 +72,14 @@ def _move(source: Qmp, there: Qmp) -> Result:
         "blocked_share": blocked_us / (sent["total-time"] * 1000),
         "postcopy_bytes": sent["ram"]["postcopy-bytes"],
     }
+
+
+def _waits(monitor: Qmp, folder: Path) -> list[float]:
+    """How long the guest has waited so far, each time, by its own clock."""
+    file = folder / "qemu-told"
+    monitor.command("pmemsave", val=TOLD, size=TOLD_BYTES, filename=str(file))
+    count, *waits = array("Q", file.read_bytes())[TOLD_WAITS:]
+    return [cycles / tsc_mhz() for cycles in waits[:count]]
 
 
 @contextmanager
