@@ -61,8 +61,8 @@ class Daemon:
         try:
             toucher.expect("ready", sender)
             before = cpu_seconds(self.process.pid), cpu_seconds(sender.pid)
-            result = {"guest": toucher.expect("guest", sender), "ready_us": toucher.ready_us}
-            result["source_memory"] = own_memory(sender.pid)
+            result: Result = {"source_memory": own_memory(sender.pid), "ready_us": toucher.ready_us}
+            result["guest"] = toucher.expect("guest", sender)
             if whole:
                 result["source"], cpu = sender.finish()
                 result["source_cpu_s"] = cpu - before[1]
