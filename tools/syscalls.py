@@ -45,7 +45,10 @@ ALIKE = [
     {"getcwd", "getrandom", "prlimit64", "sched_getaffinity"},
 ]
 WIDTH = 110
-COMMENT = "# Found by `make syscalls`: what daemons call in the tests, and what libraries may use in place of that.\n"
+COMMENT = (
+    "# Found by `make syscalls`: what daemons call in the tests, and what libraries may use in place of that. vfork\n"
+    "# and wait4 are for ldconfig, which trio runs once, to find how threads are named.\n"
+)
 
 
 def found() -> set[str]:
@@ -77,7 +80,7 @@ def main() -> int:
     if not names:
         print("no daemon was seen: is there strace?", file=sys.stderr)
         return 1
-    old = r"(# Found by [^\n]*\n)?(SystemCallFilter=[^\n]*\n)+"
+    old = r"(#[^\n]*\n)*(SystemCallFilter=[^\n]*\n)+"
     UNIT.write_text(re.sub(old, COMMENT + lines(widened(names)), UNIT.read_text()))
     print(f"{len(names)} calls found, {len(widened(names))} allowed, written to {UNIT}")
     return 0

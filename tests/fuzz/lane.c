@@ -1,6 +1,7 @@
 /*
- * The receiving end of a page lane: whatever bytes a source sends, in whatever pieces, nothing outside the regions is written, a page
- * that was received never changes again, and no claim is held when the lane has ended.
+ * The receiving end of a page lane: whatever bytes a source sends, in whatever pieces, and whatever it says is zero or the VMM takes out in
+ * between, nothing outside the regions is written, a page that was received never changes again unless it is taken out, and no claim is
+ * held when the lane has ended.
  */
 #include "fuzz.h"
 
@@ -74,6 +75,22 @@ static void feed(struct rig *rig, const unsigned char *data, size_t size, size_t
     }
 }
 
+/* Pages that are zero at the source, or that the VMM takes out, which may be zero from then on. */
+static void empty(struct rig *rig, struct fuzz_input *in, bool discard)
+{
+    unsigned region = fuzz_take(in, 1) & 1;
+    uint64_t pages = rig->guest.memory->region[region].pages;
+    uint64_t first = fuzz_take(in, 1) % pages, count = fuzz_take(in, 1) % (pages - first) + 1;
+    struct gm_problem problem;
+
+    if (discard) {
+        must(gm_destination_discard(rig->destination, region, first, count, &problem) == 0);
+        memset(rig->known + (region ? FUZZ_PAGES : 0) + first, 0, count * sizeof *rig->known);
+    } else {
+        must(gm_destination_told_zero(rig->destination, region, first, count, &problem) >= 0);
+    }
+}
+
 static void play(struct rig *rig, struct fuzz_input *in, bool raw, int checksum, size_t piece)
 {
     static unsigned char frame[FUZZ_FRAME_BYTES];
@@ -85,8 +102,13 @@ static void play(struct rig *rig, struct fuzz_input *in, bool raw, int checksum,
     }
     for (unsigned n = 0; n < MOST_FRAMES && fuzz_more(in) && !rig->over; n++) {
         unsigned kind = (unsigned)fuzz_take(in, 1);
-        size_t size = fuzz_frame(in, kinds[kind & 3], checksum, frame);
+        size_t size;
 
+        if (kind >= 0xe0 && kind < 0xf8) {
+            empty(rig, in, kind >= 0xf0);
+            continue;
+        }
+        size = fuzz_frame(in, kinds[kind & 3], checksum, frame);
         feed(rig, frame, kind >= 0xf8 ? size / 2 : size, piece);
         if (n % 8 == 0)
             look(rig);
