@@ -13,6 +13,10 @@
 /* One damaged frame is a flipped bit somewhere on the way; a second on the same connection is a broken way. */
 enum { DAMAGED_FRAMES = 1 };
 
+/* Claimed at a time: who wants a page of a claim waits until all of it is in place. With whole frames, a vCPU that walks along with
+ * the background waited almost twice as long; smaller pieces cost throughput. */
+enum { PIECE_BYTES = 32 * 1024 };
+
 /* A thread that has emptied the socket waits this long for more, before it is given to another lane. */
 enum { LINGER_MS = 2 };
 
@@ -125,25 +129,42 @@ static bool worth_keeping(const struct gm_lane *lane, const struct gm_problem *p
     return lane->index && (problem->error == ENOSPC || problem->error == ENOMEM);
 }
 
-static void install(struct gm_lane *lane, const unsigned char *payload)
+/* Returns whether they are in place. */
+static bool install_piece(struct gm_lane *lane, struct gm_region *r, uint64_t first, unsigned count,
+                          const unsigned char *content)
 {
-    const struct gm_frame *f = &lane->frame;
     struct gm_destination *d = lane->destination;
-    struct gm_problem problem;
     struct gm_stages *stages = lane->index ? NULL : d->memory->stages;
+    struct gm_problem problem;
     struct gm_install in;
 
-    gm_stamp(stages, GM_STAGE_ARRIVED, f->region, f->first);
-    gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
-    if (gm_install_populate(&in, f->kind == GM_KIND_PAGES ? payload : NULL, &problem) < 0) {
+    gm_install_begin(&in, d, lane->index, r, first, count);
+    if (gm_install_populate(&in, content, &problem) < 0) {
         gm_install_give_up(&in);
         lane->held = worth_keeping(lane, &problem);
         gm_destination_tell(d, GM_EVENT_STUCK, &problem);
-        return;
+        return false;
     }
-    gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
+    gm_stamp(stages, GM_STAGE_POPULATED, r->index, first);
     gm_install_finish(&in);
     gm_lane_count(lane, in.claimed);
+    return true;
+}
+
+static void install(struct gm_lane *lane, const unsigned char *payload)
+{
+    const struct gm_frame *f = &lane->frame;
+    struct gm_region *r = &lane->destination->memory->region[f->region];
+    unsigned piece = PIECE_BYTES >> r->page_shift ? PIECE_BYTES >> r->page_shift : 1;
+
+    if (!lane->index)
+        gm_stamp(lane->destination->memory->stages, GM_STAGE_ARRIVED, f->region, f->first);
+
+    for (unsigned at = 0, count; at < f->count; at += count) {
+        count = f->count - at < piece ? f->count - at : piece;
+        if (!install_piece(lane, r, f->first + at, count, f->kind == GM_KIND_PAGES ? payload + gm_bytes(r, at) : NULL))
+            return;
+    }
 }
 
 static int take_frame(struct gm_lane *lane, struct gm_problem *ret)
