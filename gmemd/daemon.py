@@ -186,15 +186,7 @@ class Daemon:
                     log.warning("accept: %s", error.strerror, extra={"once": "accept", "every": 10.0})
                     await trio.sleep(STATUS_SECONDS)
                     continue
-                self._connections.start_soon(self._isolated, serve, connection)
-
-    async def _isolated(self, serve: Serve, connection: trio.socket.SocketType) -> None:
-        """A bug that one connection meets must not take the guests of the others with it."""
-        try:
-            await serve(connection)
-        except Exception:
-            log.exception("a connection has failed, which is a bug of gmemd")
-            connection.close()
+                self._connections.start_soon(isolated, serve, connection)
 
     async def _resume(self, kept: Kept, task_status: trio.TaskStatus[None]) -> None:
         """A migration that was kept for us. Whatever is wrong with it is no trouble of the others, and its guest
@@ -237,6 +229,26 @@ class Daemon:
 
     async def _serve_status(self, connection: trio.socket.SocketType) -> None:
         await status.serve(trio.SocketStream(connection), self.registry, self._askers)
+
+
+async def isolated(serve: Serve, connection: trio.socket.SocketType) -> None:
+    """A bug that one connection meets must not take the guests of the others with it, nor the daemon's clean end when
+    it is met while all are being stopped."""
+    try:
+        await serve(connection)
+    except BaseExceptionGroup as group:
+        bugs, rest = group.split(Exception)
+        _tell_bug(bugs, connection)
+        if rest:
+            raise rest from None
+    except Exception as bug:
+        _tell_bug(bug, connection)
+
+
+def _tell_bug(bug: BaseException | None, connection: trio.socket.SocketType) -> None:
+    if bug:
+        log.error("a connection has failed, which is a bug of gmemd", exc_info=bug)
+    connection.close()
 
 
 def _tcp(address: Address) -> socket.socket:

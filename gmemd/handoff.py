@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from gmemd.errors import HandoffError
+from gmemd.errors import HandoffError, KernelError
 from gmemd.migrate.wire import MAX_REGIONS, valid_id
 from gmemd.native.memory import Region
 
@@ -183,16 +183,18 @@ def ranges_untrusted(ranges: object, regions: Sequence[Region]) -> list[tuple[in
 
 @contextlib.contextmanager
 def memory_file(name: str, content: bytes) -> Iterator[int]:
-    """A sealed memfd with `content`, for a message to carry."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    """A sealed memfd with `content`, for a message to carry. KernelError when there is none to be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            stack.callback(os.close, fd)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        except OSError as error:
+            raise KernelError(f"memfd {name} of {len(content)} bytes: {error.strerror}", error.errno or 0) from None
         yield fd
-    finally:
-        os.close(fd)
 
 
 def content(fd: int) -> bytes:

@@ -18,6 +18,7 @@ from gmemd.handoff import Descriptors, Handoff
 from gmemd.keeping import BLOB, DIGESTS, ENDED, Keeper, Kept
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
+from gmemd.migrate.session import SPACE_SECONDS
 from gmemd.migrate.tasks import open_tasks
 from gmemd.native import lib
 from gmemd.native.destination import Pager
@@ -168,8 +169,11 @@ class VmmConnection:
         if oldest := self.shared.registry.remember(ended):
             Keeper(self.shared.store, oldest.name).forget(ENDED)
         if ended.epoch:
-            with handoff.memory_file("gmemd-ended", ended.record()) as fd:
-                keeper.keep(ENDED, fd)
+            try:
+                with handoff.memory_file("gmemd-ended", ended.record()) as fd:
+                    keeper.keep(ENDED, fd)
+            except KernelError as error:
+                log.warning("a successor will not know how it ended: %s", error, extra={"migration": migration.name})
         keeper.forget_guest()
         return ended
 
@@ -218,12 +222,14 @@ class VmmConnection:
     async def _speak(self, migration: IncomingMigration, keeper: Keeper) -> None:
         """Tells the VMM when its guest may run, and when the migration is over."""
         await migration.ready.wait()
-        if migration.state is not None:
-            with handoff.memory_file("gmemd-vmm-state", migration.state) as fd:
-                migration.state = None
-                await self._tell(
-                    {"ready": True, "state": 0, "trap": migration.memory.trap, "populate": _populate(migration)}, [fd]
-                )
+        while migration.state is not None and migration.phase is not Phase.ABANDONED:
+            try:
+                await self._tell_ready(migration, migration.state)
+            except KernelError as error:  # too many descriptors, no memory: it passes, and the guest waits for this
+                log.error("the VMM's state: %s", error, extra={"migration": migration.name, "once": str(error)})
+                await trio.sleep(SPACE_SECONDS)
+                continue
+            migration.state = None
             migration.memory.set_note(Note.SWITCHED, VMM_KNOWS)
             keeper.forget(BLOB)
         await migration.ended.wait()
@@ -231,6 +237,11 @@ class VmmConnection:
             await self._tell({"done": True, "pages": migration.memory.pages})
         else:
             await self._tell({"abandoned": migration.why_abandoned})
+
+    async def _tell_ready(self, migration: IncomingMigration, state: bytes) -> None:
+        trap, populate = migration.memory.trap, _populate(migration)
+        with handoff.memory_file("gmemd-vmm-state", state) as fd:
+            await self._tell({"ready": True, "state": 0, "trap": trap, "populate": populate}, [fd])
 
     async def _listen(self, migration: IncomingMigration) -> None:
         """What the VMM says later. That it closes its socket says nothing: its process may live on. A message is taken
@@ -315,4 +326,10 @@ def _pidfd(sock: trio.socket.SocketType) -> int:
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError:
-        return os.pidfd_open(Caller.of(sock).pid)
+        pid = Caller.of(sock).pid
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError as error:
+        raise KernelError(f"process {pid} of the VMM cannot be watched: {error.strerror}", error.errno or 0) from None

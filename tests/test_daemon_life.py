@@ -2,21 +2,29 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
 from support.rawsource import RawSource
 from support.source import COUNT, SourceProcess
 from support.vmm import PAGE, Vmm
+
+from gmemd.daemon import isolated
+from gmemd.errors import LinkError
+from gmemd.migrate import wire
 
 pytest_plugins = ["support.daemon_fixtures"]
 
@@ -73,6 +81,77 @@ def test_a_vmm_that_dies_before_its_source_comes(daemon: DaemonProcess) -> None:
     doomed.kill()
     assert daemon.ended("early")["phase"] == "abandoned"
     eventually(lambda: daemon.descriptors() <= before)
+
+
+@contextmanager
+def no_descriptors(daemon: DaemonProcess) -> Iterator[None]:
+    """It keeps what it has and gets no more."""
+    before = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    yield
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_an_end_without_descriptors(tmp_path: Path) -> None:
+    """What nobody can be told of any more is let go of all the same."""
+    with DaemonProcess(tmp_path) as daemon:
+        before = daemon.descriptors()
+        doomed = VmmProcess(daemon, "m", PAGE)
+        with RawSource(daemon.port, "m", [[0, 1, 12]]) as source:
+            source.join().switch()
+            assert doomed.told()["ready"]
+            with no_descriptors(daemon):
+                doomed.kill()
+                eventually(lambda: "a successor will not know how it ended" in daemon.log.read_text())
+                assert isinstance(source.control.receive(), wire.Failed)
+        assert daemon.ended("m")["phase"] == "abandoned"
+        eventually(lambda: daemon.descriptors() <= before)
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_state_that_cannot_be_kept_comes_again(tmp_path: Path) -> None:
+    """The guest has not left for this host before its state is safe here."""
+    with DaemonProcess(tmp_path) as daemon, Vmm(PAGE) as vmm:
+        vmm.hand_off(daemon.socket, "m")
+        with RawSource(daemon.port, "m", [[0, 1, 12]]) as source:
+            source.join()
+            with no_descriptors(daemon):
+                source.switch(b"state")
+                with pytest.raises(LinkError):
+                    source.control.receive()
+            welcome = source.welcome
+        assert "memfd gmemd-vmm-state of 5 bytes: Too many open files" in daemon.log.read_text()
+        with RawSource(daemon.port, "m", [[0, 1, 12]], epoch=welcome.epoch, token=welcome.token) as source:
+            source.join().switch(b"state")
+            vmm.expect("ready")
+            assert vmm.state() == b"state"
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log.read_text()
+
+
+async def test_a_bug_that_is_met_while_all_are_stopped(expect_log: Callable[[str], None]) -> None:
+    """The daemon's end is clean nevertheless, and the bug is told."""
+    expect_log("ERROR gmemd.daemon: a connection has failed")
+
+    async def fail_when_stopped() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("a bug")
+
+    async def serve(_: trio.socket.SocketType) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_when_stopped)
+            nursery.start_soon(trio.sleep_forever)
+
+    ours, theirs = trio.socket.socketpair()
+    with theirs:
+        async with trio.open_nursery() as connections:
+            connections.start_soon(isolated, serve, ours)
+            await trio.testing.wait_all_tasks_blocked()
+            connections.cancel_scope.cancel()
+        assert await theirs.recv(1) == b""
 
 
 def test_sockets_are_for_a_group(daemon: DaemonProcess) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from native_rig import PAGE, PATIENCE, Far, Guest, RunningPager
 
-from gmemd.native.memory import Memory, Region
+from gmemd.native.memory import Memory, Populate, Region
 
 DATAGRAM = struct.Struct("<IIQ")
 EVERY_VCPU = 0xFFFFFFFF
@@ -27,8 +27,8 @@ class AskingGuest(Guest):
     """`shapes` as for Guest. Its regions' bitmaps lie in one memfd, some bytes apart; `ends` are those of the fault
     socket, the VMM's first."""
 
-    def __init__(self, *shapes: tuple[int, int], vcpus: int = 4) -> None:
-        super().__init__(*shapes)
+    def __init__(self, *shapes: tuple[int, int], vcpus: int = 4, populate: Populate = Populate.WRITE) -> None:
+        super().__init__(*shapes, populate=populate)
         self.ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in self.ends:
             self._stack.callback(end.close)

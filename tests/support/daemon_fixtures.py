@@ -18,7 +18,7 @@ def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     marker = request.node.get_closest_marker("daemon")
     with DaemonProcess(tmp_path_factory.mktemp("daemon"), marker.args[0] if marker else "") as daemon:
         yield daemon
-        assert daemon.stop() == 0
+        assert daemon.stop() == 0, daemon.log.read_text()
         assert "Traceback" not in daemon.log.read_text()
 
 

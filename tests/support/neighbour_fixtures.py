@@ -16,7 +16,6 @@ from gmemd.errors import UnavailableError
 from support.connection import Connection, connect
 from support.daemon import DaemonProcess
 from support.neighbour import COUNT, Neighbour
-from support.pace import EMULATED
 from support.polling import eventually
 from support.source import SourceProcess, guest_content
 from support.vmm import PAGE, Vmm
@@ -27,13 +26,15 @@ def neighbour(daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory) -
     content = guest_content(random.Random(5), 400)
     path = tmp_path_factory.mktemp("neighbour") / "memory"
     path.write_bytes(content)
-    options = ("--no-background",)
+    options = ("--no-background", "--verbose")
     with Vmm(len(content)) as vmm, SourceProcess(daemon.port, "neighbour", "--file", path, options=options) as source:
         vmm.hand_off(daemon.socket, "neighbour").expect("ready")
         neighbour = Neighbour(vmm, content)
         yield neighbour
         neighbour.gets_the_rest()
-        assert source.result().told["recoveries"] == 0 or EMULATED
+        _, told, said = source.result()
+        # A host that lets either end wait for so long is no fault of theirs.
+        assert told["recoveries"] == 0 or "silent for" in said + daemon.log.read_text(), said
 
 
 @pytest.fixture
