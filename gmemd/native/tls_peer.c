@@ -161,6 +161,12 @@ static const struct {
     {SSL_R_NO_SUITABLE_SIGNATURE_ALGORITHM, "it shares no key with us, and we have no certificate to show"},
 };
 
+/* Alerts of a peer that cannot read what came: what we sent was spoilt under way. */
+static bool unreadable(int alert)
+{
+    return alert == SSL_AD_BAD_RECORD_MAC || alert == SSL_AD_RECORD_OVERFLOW || alert == SSL_AD_UNEXPECTED_MESSAGE;
+}
+
 int gm_tls_blame(struct gm_problem *ret, const char *doing, const char *why_refused, const char *certificate)
 {
     unsigned long error = ERR_peek_error();
@@ -175,6 +181,9 @@ int gm_tls_blame(struct gm_problem *ret, const char *doing, const char *why_refu
     if (ERR_GET_LIB(error) == ERR_LIB_SSL) {
         if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
             return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: %s: %s", why_refused, certificate);
+        if (reason >= SSL_AD_REASON_OFFSET && unreadable(reason - SSL_AD_REASON_OFFSET))
+            return gm_blame(ret, GM_LINK, 0, "TLS: it cannot read us: %s",
+                            SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
         if (reason >= SSL_AD_REASON_OFFSET)
             return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: it refuses us: %s",
                             SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));

@@ -1,5 +1,6 @@
 """Hand-shakes between two ends on real sockets: who is let in, who is not, and what each end then says."""
 
+import os
 import re
 import socket
 import ssl
@@ -301,6 +302,28 @@ def test_goodbye_and_cut(pair: tuple[socket.socket, socket.socket], hosts: Hosts
     assert ends.client.read(10) == b"still"
     pair[0].close()
     assert ends.client.read(10) == b""
+
+
+def test_a_flipped_bit_is_the_connections_fault(pair: tuple[socket.socket, socket.socket], hosts: Hosts) -> None:
+    """At both ends: nobody has refused anybody."""
+    ends = connected(pair, *both(hosts))
+    assert shake(ends.server, ends.client) == [None, None]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    with near, far:
+        kept = os.dup(pair[1].fileno())
+        os.dup2(near.fileno(), pair[1].fileno())
+        ends.client.write(memoryview(b"page"))
+        os.dup2(kept, pair[1].fileno())
+        os.close(kept)
+        record = bytearray(far.recv(4096))
+    record[-1] ^= 1
+    pair[1].send(record)
+    with pytest.raises(LinkError, match="reading: decryption failed or bad record mac"):
+        ends.server.read(10)
+    with pytest.raises(LinkError, match="it cannot read us: bad record mac"):
+        ends.client.read(10)
 
 
 def test_a_full_socket_and_much_to_say(pair: tuple[socket.socket, socket.socket], hosts: Hosts) -> None:
