@@ -8,6 +8,7 @@ lives. It ends when there is neither a daemon nor anything to keep.
 
 import contextlib
 import os
+import resource
 import selectors
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from gmemd.errors import UnavailableError
 from gmemd.keeping import ENDED
 from gmemd.native import keep_secret
 
+NOFILE = resource.RLIMIT_NOFILE
 MAX_DATAGRAM = 4096
 MAX_DESCRIPTORS = 253  # the kernel's limit of one message
 END = b"FDEND=1"
@@ -56,7 +58,9 @@ class Holder:
         return bool(self._daemons) or any(not name.startswith(f"{ENDED}.") for name in self._kept)
 
     def _take(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)
+        data, fds, flags, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)
+        if flags & socket.MSG_CTRUNC:
+            print(f"gmemd-holder: {_lost(len(fds))} of {data.decode(errors='replace').split()}", file=sys.stderr)
         fields = dict(line.partition("=")[::2] for line in data.decode(errors="replace").splitlines())
         name = fields.get("FDNAME", "")
         if "FDSTORE" in fields and name:
@@ -85,6 +89,10 @@ class Holder:
         daemon.close()
 
 
+def _lost(came: int) -> str:
+    return f"only {came} descriptors came, others were lost: no more than {resource.getrlimit(NOFILE)[0]} may be open"
+
+
 def _close(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
@@ -104,13 +112,30 @@ def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
     ours.settimeout(ANSWER_SECONDS)
     kept: dict[str, list[int]] = {}
     try:
-        while True:
-            data, fds, _, _ = socket.recv_fds(ours, MAX_DATAGRAM, MAX_DESCRIPTORS)
-            if not data or data == END:
-                return ours, kept
-            kept.setdefault(data.decode().partition("=")[2], []).extend(fds)
+        _receive(ours, kept)
     except OSError as error:
+        _let_go(ours, kept)
         raise UnavailableError(f"{path}: the holder of descriptors does not answer: {error}") from None
+    except UnavailableError as error:
+        _let_go(ours, kept)
+        raise UnavailableError(f"{path}: {error}; the holder keeps them all: ulimit -n") from None
+    return ours, kept
+
+
+def _receive(holder: socket.socket, kept: dict[str, list[int]]) -> None:
+    while True:
+        data, fds, flags, _ = socket.recv_fds(holder, MAX_DATAGRAM, MAX_DESCRIPTORS)
+        if flags & socket.MSG_CTRUNC:
+            raise UnavailableError(_lost(len(fds)))
+        if not data or data == END:
+            return
+        kept.setdefault(data.decode().partition("=")[2], []).extend(fds)
+
+
+def _let_go(holder: socket.socket, kept: dict[str, list[int]]) -> None:
+    holder.close()
+    for fds in kept.values():
+        _close(fds)
 
 
 def _start(path: Path) -> None:
@@ -135,6 +160,7 @@ def main() -> None:
     """The process: a descriptor of its socket, and the path of that."""
     fd, path = sys.argv[1:]
     keep_secret()
+    resource.setrlimit(NOFILE, (resource.getrlimit(NOFILE)[1],) * 2)
     with socket.socket(fileno=int(fd)) as inbox:
         Holder(inbox).run()
         Path(path).unlink(missing_ok=True)
