@@ -115,7 +115,10 @@ def test_nobody_looks_into_its_memory(folder: Path) -> None:
 
 
 def test_it_leaves_no_core_dump(folder: Path) -> None:
-    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    try:
+        pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    except FileNotFoundError:
+        pytest.skip("this kernel leaves no core dumps at all")
     limit = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (limit[1], limit[1]))
     try:

@@ -3,12 +3,13 @@
 # What asks the kernel for something, the longest first. The rest (wire, state, configuration, traces, texts, packages)
 # asks it for nothing, and would only take 15 times as long; what measures times and costs says nothing in there.
 LAB_PROCESS := guest_memfd vmm doctor handoff_userfault vmm_userfault vmm_damage handoff_wrong destination \
-	daemon daemon_connections daemon_life daemon_sessions daemon_status
-LAB_NATIVE := shapes remove pager install lane source stress ahead
+	daemon daemon_connections daemon_life daemon_sessions daemon_status hardening
+LAB_NATIVE := shapes remove pager install lane source stress ahead tls tls_lanes precedence
 # Where kernels differ; so much of it is run under each of the matrix.
 LAB_MATRIX ?= $(patsubst %,tests/native/test_native_%.py,uffd vcpus memfile no_direct_map) \
 	$(patsubst %,tests/lab/test_lab_%.py,migration memfd kernel)
-LAB_TESTS ?= $(LAB_PROCESS:%=tests/test_%.py) $(LAB_NATIVE:%=tests/native/test_native_%.py) $(LAB_MATRIX)
+LAB_TESTS ?= $(LAB_PROCESS:%=tests/test_%.py) $(LAB_NATIVE:%=tests/native/test_native_%.py) $(LAB_MATRIX) \
+	tests/lab/test_lab_ktls.py
 LAB_SHORT ?= tests/lab/test_lab_migration.py tests/lab/test_lab_kernel.py
 # How many machines at a time; each keeps one CPU of this host busy.
 LAB_MACHINES ?= $(shell nproc)
