@@ -13,8 +13,8 @@
 /* One damaged frame is a flipped bit somewhere on the way; a second on the same connection is a broken way. */
 enum { DAMAGED_FRAMES = 1 };
 
-/* Claimed at a time: who wants a page of a claim waits until all of it is in place. With whole frames, a vCPU that walks along with
- * the background waited almost twice as long; smaller pieces cost throughput. */
+/* Claimed at a time while there are faults: who wants a page of a claim waits until all of it is in place. With whole frames, a vCPU that
+ * walks along with the background waited almost twice as long; without faults, they bring a tenth more throughput. */
 enum { PIECE_BYTES = 32 * 1024 };
 
 /* A thread that has emptied the socket waits this long for more, before it is given to another lane. */
@@ -151,15 +151,27 @@ static bool install_piece(struct gm_lane *lane, struct gm_region *r, uint64_t fi
     return true;
 }
 
+/* Pages to claim at a time. */
+static unsigned piece_of(struct gm_lane *lane, const struct gm_region *r)
+{
+    struct gm_destination *d = lane->destination;
+    uint64_t faults = atomic_load_explicit(&d->n.faults, memory_order_relaxed);
+    bool wanted = faults != lane->faults || gm_waits_any(&d->waits);
+
+    lane->faults = faults;
+    if (!wanted)
+        return GM_FRAME_PAGES;
+    return PIECE_BYTES >> r->page_shift ? PIECE_BYTES >> r->page_shift : 1;
+}
+
 static void install(struct gm_lane *lane, const unsigned char *payload)
 {
     const struct gm_frame *f = &lane->frame;
     struct gm_region *r = &lane->destination->memory->region[f->region];
-    unsigned piece = PIECE_BYTES >> r->page_shift ? PIECE_BYTES >> r->page_shift : 1;
+    unsigned piece = piece_of(lane, r);
 
     if (!lane->index)
         gm_stamp(lane->destination->memory->stages, GM_STAGE_ARRIVED, f->region, f->first);
-
     for (unsigned at = 0, count; at < f->count; at += count) {
         count = f->count - at < piece ? f->count - at : piece;
         if (!install_piece(lane, r, f->first + at, count, f->kind == GM_KIND_PAGES ? payload + gm_bytes(r, at) : NULL))

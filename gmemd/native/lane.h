@@ -47,6 +47,7 @@ struct gm_lane {
     bool buffered; /* this frame takes the way through the buffer all the same */
     bool held;     /* it found no room */
     unsigned damaged;
+    uint64_t faults; /* that there were when the latest frame was put in place */
 };
 
 /* Installs the frame whose header has been read, from the socket into the alias. Returns 1, 0 when not all of the payload has
