@@ -16,6 +16,7 @@ from gmemd_tools.soak.faults import KINDS
 from gmemd_tools.soak.run import Result, run
 
 DEADLINE = 30.0
+KEPT = Path("build/soak")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=1, metavar="N", help="of the first run; the next has the next (1)")
     top.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at a time (one a CPU)")
     top.add_argument("--deadline", type=float, default=DEADLINE, metavar="SECONDS", help=f"of a run ({DEADLINE:g})")
-    top.add_argument("--keep", type=Path, metavar="DIR", help="where to leave the logs of failed runs")
+    top.add_argument(
+        "--keep", type=Path, default=KEPT, metavar="DIR", help=f"where to leave the logs of failed runs ({KEPT})"
+    )
     top.add_argument("--json", action="store_true", help="a JSON object a run, and one with the counts")
     return top
 

@@ -1,6 +1,7 @@
 """One run: a small migration, a fault or two, and at the end the guest checks every page of its memory."""
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from gmemd_tools.network.link import Link
 from gmemd_tools.soak.faults import Fault, draw
 
 LOOK_SECONDS = 0.01
+LAST_WORDS_SECONDS = 5.0
 MIB = 1 << 20
 MEMORY_MIB = 16
 # Bytes/s of the background; 0 is no limit.
@@ -47,8 +49,9 @@ class Result:
     kept: str = ""  # where the logs of a failed run are
 
 
-async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Result:
-    """Everything about it follows from its kind and its seed. It ends within `deadline` seconds, one way or other."""
+async def run(kind: str, seed: int, deadline: float, keep: Path) -> Result:
+    """Everything about it follows from its kind and its seed. It ends in about `deadline` seconds, one way or other, and
+    leaves its logs in `keep` if that was the wrong one."""
     rng = random.Random(f"{kind} {seed}")
     result = Result(kind, seed)
     faults = draw(kind, MEMORY_MIB * MIB, rng)
@@ -57,16 +60,13 @@ async def run(kind: str, seed: int, deadline: float, keep: Path | None) -> Resul
     with tempfile.TemporaryDirectory(prefix="gmemd-soak-") as directory:
         plan = Plan(machine(rng), Path(directory), rate=rng.choice(RATES))
         try:
-            with trio.fail_after(deadline):
-                await _play(plan, faults, result)
+            await _play(plan, faults, result, deadline)
             result.ok = True
-        except trio.TooSlowError:
-            result.error = f"not over after {deadline:g} s"
         except GmemdError as error:
             result.error = str(error)
         finally:
             empty_store(plan.directory)
-        if keep and not result.ok:
+        if not result.ok:
             result.kept = str(keep / f"{kind}-{seed}")
             shutil.copytree(directory, result.kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
     result.seconds = round(time.monotonic() - begin, 3)
@@ -88,27 +88,48 @@ def machine(rng: random.Random) -> argparse.Namespace:
     )
 
 
-async def _play(plan: Plan, faults: list[Fault], result: Result) -> None:
+async def _play(plan: Plan, faults: list[Fault], result: Result, deadline: float) -> None:
     async with open_stage(plan.directory) as stage, open_tasks() as relay:
         link = Link(plan.port)
         await relay.serve(link.run)
         cast = Cast(plan, stage, link)
-        async with open_tasks() as starting:
-            starting.start(cast.start_daemon)
-            starting.start(cast.start_source)
-        await cast.start_destination()
-        await until_known(plan)
-        async with open_tasks() as repairs:
-            for fault in faults:
-                link.at(fault.byte, _act(fault, cast, repairs, result))
-            await cast.start_sender()
-            ready = await cast.destination.event("ready")
-            paused = await cast.source.event("paused")
-            await cast.destination.event("done")
-        result.recoveries = max(await sender_ended(cast), await _recoveries(plan))
-        result.guest = ready["guest"]
-        await verify(cast.destination, paused["memory"])
+        try:
+            with trio.fail_after(deadline):
+                await _migrate(plan, cast, faults, result)
+        except trio.TooSlowError:
+            raise UnavailableError(f"not over after {deadline:g} s: {await where_it_is(plan, cast)}") from None
         relay.stop()
+
+
+async def _migrate(plan: Plan, cast: Cast, faults: list[Fault], result: Result) -> None:
+    async with open_tasks() as starting:
+        starting.start(cast.start_daemon)
+        starting.start(cast.start_source)
+    await cast.start_destination()
+    await until_known(plan)
+    assert cast.link is not None
+    async with open_tasks() as repairs:
+        for fault in faults:
+            cast.link.at(fault.byte, _act(fault, cast, repairs, result))
+        await cast.start_sender()
+        ready = await cast.destination.event("ready")
+        paused = await cast.source.event("paused")
+        await cast.destination.event("done")
+    result.recoveries = max(await sender_ended(cast), await _recoveries(plan))
+    result.guest = ready["guest"]
+    await verify(cast.destination, paused["memory"])
+
+
+async def where_it_is(plan: Plan, cast: Cast) -> str:
+    """What the daemon has to say, and which of the processes still run."""
+    told = "the daemon does not answer"
+    with suppress(GmemdError), trio.move_on_after(LAST_WORDS_SECONDS):
+        found = await trio.to_thread.run_sync(
+            status.ask, plan.status_socket, {"command": "status"}, abandon_on_cancel=True
+        )
+        told = json.dumps(found["migrations"] or found["finished"])
+    codes = [f"{process.name} {process.process.poll()}" for process in cast.stage.processes]
+    return f"{', '.join(codes)}; {told}"
 
 
 def _act(fault: Fault, cast: Cast, repairs: Tasks, result: Result) -> Callable[[], None]:
