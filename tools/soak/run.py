@@ -50,7 +50,7 @@ class Result:
 
 
 async def run(kind: str, seed: int, deadline: float, keep: Path) -> Result:
-    """Everything about it follows from its kind and its seed. It ends in about `deadline` seconds, one way or other, and
+    """Everything about it follows from its kind and its seed. It ends in about `deadline` seconds, either way, and
     leaves its logs in `keep` if that was the wrong one."""
     rng = random.Random(f"{kind} {seed}")
     result = Result(kind, seed)
