@@ -74,7 +74,7 @@ async def test_a_dead_vmm_is_noticed_and_forgotten(seen: bool, tmp_path: Path) -
     been."""
     async with open_host(tmp_path) as host, host.migration("other", PAGES) as (other, sender):
         options = usual(memory="16M", vcpus=1, lanes=1)
-        plan = Plan(options, tmp_path, rate=1 << 20, port=host.plan.port)
+        plan = Plan(options, tmp_path, rate=1 << 20, held=host.plan.held)
         pair = Cast(plan, host.cast.stage)
         await pair.start_source()
         await pair.start_destination()

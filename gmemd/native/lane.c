@@ -157,11 +157,12 @@ static unsigned piece_of(struct gm_lane *lane, const struct gm_region *r)
     struct gm_destination *d = lane->destination;
     uint64_t faults = atomic_load_explicit(&d->n.faults, memory_order_relaxed);
     bool wanted = faults != lane->faults || gm_waits_any(&d->waits);
+    unsigned pages = (unsigned)PIECE_BYTES >> r->page_shift;
 
     lane->faults = faults;
     if (!wanted)
         return GM_FRAME_PAGES;
-    return PIECE_BYTES >> r->page_shift ? PIECE_BYTES >> r->page_shift : 1;
+    return pages ? pages : 1;
 }
 
 static void install(struct gm_lane *lane, const unsigned char *payload)

@@ -39,9 +39,10 @@ class Cast:
                 "daemon", "gmemd.cli", *self.plan.daemon(), environ=self.environ | {"NOTIFY_SOCKET": str(path)}
             )
             with trio.move_on_after(READY_SECONDS):
-                while b"READY=1" not in await notify.recv(4096):
-                    pass
-                return
+                while self.daemon.process.poll() is None:
+                    with trio.move_on_after(LOOK_SECONDS):
+                        if b"READY=1" in await notify.recv(4096):
+                            return
         raise UnavailableError(f"the daemon does not become ready: {self.daemon.last_words()}")
 
     async def start_source(self) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import socket
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +11,16 @@ from gmemd_tools.demo.certificates import Party, certify
 MIGRATION = "demo"
 
 
-def _free_port() -> int:
-    """A port that a daemon can come back to after it was killed."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+class Port:
+    """A port of loopback to which a daemon can come back after it was killed, and that nobody else is given meanwhile:
+    a socket is bound to it, and does not listen."""
+
+    def __init__(self) -> None:
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self.number = int(held.getsockname()[1])
+        weakref.finalize(self, held.close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,11 @@ class Plan:
     options: argparse.Namespace
     directory: Path
     rate: int = 0
-    port: int = field(default_factory=_free_port)
+    held: Port = field(default_factory=Port)
+
+    @property
+    def port(self) -> int:
+        return self.held.number
 
     @property
     def status_socket(self) -> Path:
