@@ -81,7 +81,7 @@ static void create_machine(const struct options *options)
         vcpu->machine = &machine;
         vcpu->id = i;
         kvm_create_vcpu(vcpu);
-        kvm_reset_vcpu(vcpu);
+        kvm_reset_vcpu(vcpu, program, 0, machine.params.tables);
         if (ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0)
             fail(EX_SOFTWARE, "KVM_SET_REGS: %s", strerror(errno));
     }
