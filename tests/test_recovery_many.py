@@ -192,7 +192,8 @@ async def at_rest(host: Host, before: dict[str, Any]) -> dict[str, Any]:
     return now
 
 
-WARM_UP, RUNS = 10, int(os.environ.get("GMEMD_RUNS", "20"))
+RUNS = int(os.environ.get("GMEMD_RUNS", "20"))
+WARM_UP = max(10, RUNS // 4)  # the allocator takes a MiB in the first hundreds, and then no more
 KIB_EACH = 4  # an end that is told in the status, and what the allocator does not give back
 
 
