@@ -85,7 +85,7 @@ CONTROL_CUTS = {
     "in hello": (UP, 30, 1),
     "behind hello": (UP, HELLO, 1),
     "in switch": (UP, HELLO + 9, 2),
-    "behind switch": (UP, SWITCH, 2),
+    "behind switch": (UP, SWITCH, 1),  # with everything there before the source is back, or not
     "in pushed": (UP, SWITCH + 9, 1),  # with everything there, or not
     "in the answer's preamble": (DOWN, 3, 2),
     "in welcome": (DOWN, 30, 2),
