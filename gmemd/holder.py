@@ -59,9 +59,10 @@ class Holder:
 
     def _take(self) -> None:
         data, fds, flags, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)
+        lines = data.decode(errors="replace").splitlines()
         if flags & socket.MSG_CTRUNC:
-            print(f"gmemd-holder: {_lost(len(fds))} of {data.decode(errors='replace').split()}", file=sys.stderr)
-        fields = dict(line.partition("=")[::2] for line in data.decode(errors="replace").splitlines())
+            print(f"gmemd-holder: {_lost(len(fds))} of {lines}", file=sys.stderr)
+        fields = dict(line.partition("=")[::2] for line in lines)
         name = fields.get("FDNAME", "")
         if "FDSTORE" in fields and name:
             self._kept.setdefault(name, []).extend(fds)
