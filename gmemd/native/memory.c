@@ -304,7 +304,9 @@ static int each_region(struct gm_memory *m, int (*call)(int, uint64_t, uint64_t)
 
 int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret)
 {
-    return each_region(m, gm_uffd_unregister, "unregister", ret);
+    if (each_region(m, gm_uffd_unregister, "unregister", ret) < 0)
+        return -1;
+    return each_region(m, gm_uffd_drain, "an event of its userfaultfd", ret);
 }
 
 int gm_memory_wake(struct gm_memory *m, struct gm_problem *ret)

@@ -9,17 +9,27 @@
  * - MINOR on shmem exists since Linux kernel commit c949b097ef2e ("userfaultfd/shmem: support minor fault registration
  *   for shmem") (in v5.14). There it fires for a page in the page cache only; an absent page of a range registered for
  *   MINOR alone is quietly allocated as zeros. MISSING as well is therefore asked for first.
+ * - UNREGISTER wakes who waits where MISSING was registered. Where only MINOR was, it leaves them asleep for ever, so WAKE follows.
+ * - A thread of the VMM that takes pages out sleeps until its event has been read, whether the range is registered still or not. From
+ *   before the event comes until that thread runs again, CONTINUE says EAGAIN before it looks at anything else.
  */
 #include "uffd.h"
 
 #include "cleanup.h"
+#include "clock.h"
 #include "uapi.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+enum {
+    LAST_MESSAGES = 16,
+    LAST_EVENT_NS = 10 * 1000 * 1000, /* what a thread needs to come as far as its event, or back from it, on a busy host */
+};
 
 static int open_descriptor(void)
 {
@@ -81,7 +91,32 @@ int gm_uffd_unregister(int uffd, uint64_t start, uint64_t length)
 {
     struct uffdio_range range = {start, length};
 
-    return ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
+    return ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : gm_uffd_wake(uffd, start, length);
+}
+
+static void discard_messages(int uffd)
+{
+    struct uffd_msg messages[LAST_MESSAGES];
+    int n;
+
+    while ((n = gm_uffd_read(uffd, messages, LAST_MESSAGES)) > 0)
+        for (int i = 0; i < n; i++)
+            if (messages[i].event == UFFD_EVENT_FORK)
+                close((int)messages[i].arg.fork.ufd);
+}
+
+int gm_uffd_drain(int uffd, uint64_t start, uint64_t length)
+{
+    uint64_t until = gm_now_ns() + LAST_EVENT_NS, done;
+
+    for (;;) {
+        discard_messages(uffd);
+        if (gm_uffd_continue(uffd, start, length, length, &done) != -EAGAIN)
+            return 0;
+        if (gm_now_ns() > until)
+            return -EAGAIN;
+        sched_yield();
+    }
 }
 
 int gm_uffd_wake(int uffd, uint64_t start, uint64_t length)

@@ -16,7 +16,7 @@ int gm_uffd_open(uint64_t features, struct gm_problem *ret);
 /* Registers for both kinds of fault, or for MINOR alone where the mapping takes no more. Returns the GM_UFFD_ modes. */
 int gm_uffd_register(int uffd, uint64_t start, uint64_t length, struct gm_problem *ret);
 
-/* These return 0 or -errno. */
+/* These return 0 or -errno. Who waits for a page of what is unregistered is woken. */
 int gm_uffd_unregister(int uffd, uint64_t start, uint64_t length);
 int gm_uffd_wake(int uffd, uint64_t start, uint64_t length);
 int gm_uffd_copy(int uffd, uint64_t to, const void *from, uint64_t length);
@@ -32,5 +32,9 @@ int gm_uffd_continue(int uffd, uint64_t start, uint64_t length, uint64_t page_si
 /* Reads at most `most` messages of 32 bytes. Returns how many, 0 if none waits, or -errno. */
 int gm_uffd_read(int uffd, void *messages, unsigned most);
 /* end python */
+
+/* After the unregistering, before nobody reads any more: takes what messages there are, until no thread of the VMM waits for one of its
+ * events to be read. 0, or -EAGAIN if one still does. The range is one of those that were registered. */
+int gm_uffd_drain(int uffd, uint64_t start, uint64_t length);
 
 #endif

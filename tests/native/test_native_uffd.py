@@ -31,6 +31,7 @@ from native_rig import (
 from gmemd.errors import HandoffError, KernelError
 from gmemd.native import check, ffi, lib
 
+UFFDIO_REGISTER, MISSING, MINOR = 0xC020AA00, 1, 4
 UFFDIO_CONTINUE, DONTWAKE = 0xC020AA07, 1
 MESSAGE = struct.Struct("<B7xQQQ")  # event; flags, address, thread of a fault; start and end of a removal
 
@@ -269,6 +270,30 @@ def test_unregistered_memory_traps_no_more() -> None:
         assert lib.gm_uffd_unregister(guest.uffds[0], guest.hva(0), 64 * PAGE) == 0
         assert guest.read(1) == bytes(PAGE)
         assert messages(guest.uffds[0]) == []
+
+
+@pytest.mark.parametrize("modes", [MISSING | MINOR, MINOR])
+def test_who_waits_when_it_is_unregistered_goes_on(modes: int) -> None:
+    """Also where the kernel traps minor faults alone, and wakes nobody by itself."""
+    with Guest(register=False) as guest:
+        fcntl.ioctl(guest.uffds[0], UFFDIO_REGISTER, struct.pack("<4Q", guest.hva(0), 64 * PAGE, modes, 0))
+        fill(guest, 3)
+        reader = Task(guest.read, 3)
+        until(lambda: guest.unread_faults() == 1)
+        guest.memory.unregister()
+        assert reader.result() == content(3)
+
+
+def test_a_removal_that_nobody_has_read_when_it_is_unregistered() -> None:
+    """Nobody may ever read the userfaultfd again, and the VMM's copy stays open: its thread must not wait for that."""
+    with Guest((64, PAGE), (64, PAGE), features=FEATURE_REMOVE) as guest:
+        fill(guest, 0, 9)
+        balloons = [Task(guest.remove, 9), Task(guest.remove, 5, 1, 1)]
+        until(lambda: resume(guest, 0)[0] == errno.EAGAIN)
+        guest.memory.unregister()
+        for balloon in balloons:
+            balloon.result()
+        assert not guest.present(9)
 
 
 def test_a_huge_page_is_continued_as_a_whole() -> None:
