@@ -263,6 +263,8 @@ bool gm_install_give_up(struct gm_install *in)
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
     mark(in, removed);
     atomic_fetch_sub(&d->giving_up, 1);
+    if (removed && gm_waits_any(&d->waits))
+        gm_destination_kick(d);
     return removed;
 }
 

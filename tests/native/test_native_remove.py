@@ -187,6 +187,17 @@ def test_removed_while_claims_are_given_back() -> None:
             assert guest.received() == {*early, late}, f"round {round_}"
 
 
+def test_who_waits_for_a_page_removed_from_a_claim_that_is_given_back() -> None:
+    """It is received then, though no content came: nobody else would wake who waits."""
+    with Guest(features=FEATURE_REMOVE) as guest, paged(guest) as far:
+        steps = install(guest, 5)
+        reader = Task(guest.read, 5)
+        far.requested()
+        balloon(guest, 5)
+        steps.give_up()
+        assert reader.result() == bytes(PAGE)
+
+
 def feed(line: Line, starts: range) -> None:
     """Frames of 32 pages each."""
     for first in starts:
