@@ -332,11 +332,12 @@ struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa)
 
 uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first)
 {
-    uint64_t region_end = r->hva + gm_bytes(r, r->pages);
+    uint64_t region_end = r->hva + gm_bytes(r, r->pages), last;
     uint64_t from = start > r->hva ? start : r->hva, to = end < region_end ? end : region_end;
 
-    *first = (from - r->hva) >> r->page_shift;
-    return from < to ? (to - from) >> r->page_shift : 0;
+    *first = (from - r->hva + gm_bytes(r, 1) - 1) >> r->page_shift;
+    last = (to - r->hva) >> r->page_shift;
+    return from < to && *first < last ? last - *first : 0;
 }
 
 unsigned gm_memory_runs(const struct gm_memory *m, unsigned region, int bitmap, uint64_t *from, uint64_t *pairs,

@@ -184,7 +184,8 @@ static inline uint64_t gm_file_offset(const struct gm_region *r, uint64_t page)
 struct gm_region *gm_memory_find(struct gm_memory *m, uint64_t hva);
 struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa);
 
-/* The pages of [start, end), addresses of the VMM, that lie in the region: returns how many, from *first on. */
+/* The pages of the region that lie in [start, end), addresses of the VMM: returns how many, from *first on. A page of which only a part
+ * does is none: a huge page that the VMM has cut into keeps what else it holds. */
 uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first);
 
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
