@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from gmemd import __version__, config, errors, log
 from gmemd.examples import epilog
+from gmemd.keeping import guests_are_kept
 
 Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130  # as shells do: 128 + SIGINT
@@ -66,6 +67,17 @@ def _first(group: BaseExceptionGroup[errors.GmemdError]) -> errors.GmemdError:
 
 
 def serve(options: argparse.Namespace) -> int:
+    guests = guests_are_kept()
+    try:
+        return _serve(options)
+    except errors.ConfigError as error:
+        if not guests:
+            raise
+        # After the exit code of a wrong configuration, the service manager gives up, and lets go of the guests.
+        raise errors.UnavailableError(f"{error}; guests are kept for us: start again until it is mended") from None
+
+
+def _serve(options: argparse.Namespace) -> int:
     import trio
 
     from gmemd.daemon import Daemon
@@ -96,7 +108,8 @@ def status(options: argparse.Namespace) -> int:
 def abandon(options: argparse.Namespace) -> int:
     from gmemd import status
 
-    answer = status.ask(_status_socket(options), {"command": "abandon", "migration": options.migration})
+    request = {"command": "abandon", "migration": options.migration, "force": options.force}
+    answer = status.ask(_status_socket(options), request)
     missing = answer["pages_missing"]
     print(
         f"{options.migration} is given up; {'nobody knows how many' if missing is None else missing} pages were missing"
@@ -147,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("abandon", abandon, "Give a migration up: its guest's memory stays incomplete.")
     add_config(command)
     command.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's status socket")
+    command.add_argument("--force", action="store_true", help="even if its guest runs here and its source is alive")
     command.add_argument("migration", metavar="ID")
 
     command = add("doctor", doctor, "Tell what this host can do, and what is missing and how to mend it.")

@@ -89,6 +89,12 @@ class Keeper:
         self._names += sorted(parts, key=lambda what: what == STATE)
 
 
+def guests_are_kept(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the service manager has started us with guests that we, or a predecessor, had it keep."""
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    return environ.get("LISTEN_PID") == str(os.getpid()) and any(name.startswith(f"{STATE}.") for name in names)
+
+
 def take_ends(stored: dict[str, list[int]]) -> list[bytes]:
     """Takes out of what came back how migrations ended."""
     ends = []

@@ -153,6 +153,22 @@ def test_a_wrong_configuration(run: Run, tmp_path: Path, text: str, error: str) 
     assert told.errors.count("\n") == 1
 
 
+def test_a_wrong_configuration_while_guests_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit code of a wrong configuration would have the service manager give up, and let go of them."""
+    (tmp_path / "gmemd.toml").write_text("[netwrok]\n")
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    for names, code in {
+        "handoff:status": os.EX_CONFIG,
+        "handoff:ended.m": os.EX_CONFIG,
+        "handoff:fd0.m:vmm.m:state.m": os.EX_UNAVAILABLE,
+    }.items():
+        monkeypatch.setenv("LISTEN_FDNAMES", names)
+        told = run(GMEMD, "serve", "--config", tmp_path / "gmemd.toml")
+        assert (told.code, told.errors.count("\n")) == (code, 1)
+        assert "netwrok: no such table" in told.errors
+        assert ("guests are kept for us" in told.errors) == (code == os.EX_UNAVAILABLE)
+
+
 def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
     told = run(GMEMD, "serve", "--config", tmp_path / "nowhere")
     assert (told.code, told.errors) == (

@@ -16,6 +16,7 @@ import pytest
 from gmemd import errors
 from gmemd.config import Config
 from gmemd.errors import GmemdError
+from gmemd.registry import FINISHED
 
 ROOT = Path(__file__).parent.parent
 # Not part of the sources: what was built here, and the repository itself.
@@ -24,7 +25,7 @@ NOT_SOURCES = shutil.ignore_patterns(
     "_native.c", "gmemd-vmm", "bench.json", "bzImage",
 )  # fmt: skip
 MAX_EXPOSURE = 1.6  # of 10; what remains is the network, the devices of the probe and the user's own name
-DESCRIPTORS_OF_A_MIGRATION = 64 + 3  # those of a hand-off; its state, its VMM's socket and pidfd
+DESCRIPTORS_OF_A_MIGRATION = 64 + 4  # those of a hand-off; its state, its VMM's socket, the VMM's own state, digests
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,18 @@ def test_user_is_made(tmp_path: Path, require_command: Callable[[str], str]) -> 
 def test_store_holds_every_migration() -> None:
     unit = (ROOT / "systemd/gmemd.service").read_text()
     limits = dict(re.findall(r"^(FileDescriptorStoreMax|LimitNOFILE)=(\d+)$", unit, re.MULTILINE))
-    needed = Config().limits.migrations * DESCRIPTORS_OF_A_MIGRATION
+    needed = Config().limits.migrations * DESCRIPTORS_OF_A_MIGRATION + FINISHED
     assert needed <= int(limits["FileDescriptorStoreMax"])
     assert needed + Config().network.max_connections <= int(limits["LimitNOFILE"])
+
+
+def test_nothing_but_a_stop_or_a_wrong_configuration_ends_the_service() -> None:
+    unit = (ROOT / "systemd/gmemd.service").read_text()
+    assert re.findall("^(Restart|RestartPreventExitStatus|StartLimitIntervalSec)=(.*)$", unit, re.MULTILINE) == [
+        ("StartLimitIntervalSec", "0"),
+        ("Restart", "always"),
+        ("RestartPreventExitStatus", str(errors.ConfigError.exit_code)),
+    ]
 
 
 def test_socket_units_say_what_the_configuration_says() -> None:

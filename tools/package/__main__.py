@@ -30,7 +30,8 @@ def main(package: Path, archive: Path) -> None:
         used(machine, "first", lambda: None)
         used(machine, "second", lambda: upgraded(machine, later.name))
         used(machine, "third", lambda: watchdog_bites(machine))
-        used(machine, "fourth", lambda: not_removed(machine))
+        used(machine, "fourth", lambda: misconfigured(machine))
+        used(machine, "fifth", lambda: not_removed(machine))
         removed(machine)
 
 
@@ -146,6 +147,17 @@ def watchdog_bites(machine: Machine) -> None:
     anew(machine, "third", lambda: signal(machine, "STOP", "gmemd"))
     expect("Watchdog timeout" in machine.check("journalctl", "-u", "gmemd"), "the journal tells of the watchdog")
     say("restarted; then it stood still, was killed by the watchdog, and went on")
+
+
+def misconfigured(machine: Machine) -> None:
+    """A daemon that was told to end, and one that cannot start, lose nobody."""
+    anew(machine, "fourth", lambda: signal(machine, "HUP", "gmemd"))
+    file = machine.root / "etc/gmemd/gmemd.toml"
+    file.write_text("[netwrok]\n")
+    expect(machine.run("timeout", "2", "systemctl", "restart", "gmemd.service").returncode, "it does not start")
+    expect("no such table" in machine.check("journalctl", "-u", "gmemd"), "the journal tells why")
+    anew(machine, "fourth", file.unlink)
+    say("ended by a signal, then restarted with a wrong configuration; went on when that was mended")
 
 
 def not_removed(machine: Machine) -> None:
