@@ -195,11 +195,12 @@ def answer_untrusted(request: bytes, registry: Registry, caller: Caller) -> dict
             "finished": [ended.told for ended in registry.finished if caller.owns(ended.owner)],
         }
     if command == "abandon":
-        return _abandon(asked.get("migration"), registry, caller)
+        return _abandon(asked.get("migration"), asked.get("force") is True, registry, caller)
     return {"error": f"no such command: {shown(command)}"}
 
 
-def _abandon(name: object, registry: Registry, caller: Caller) -> dict[str, Any]:
+def _abandon(name: object, force: bool, registry: Registry, caller: Caller) -> dict[str, Any]:
+    """Without `force`, not a guest that would come to its end by itself: it would be lost by a slip of the hand."""
     unusable = registry.unusable.get(name) if isinstance(name, str) else None
     if unusable and caller.owns(unusable.owner):
         unusable.given_up.set()
@@ -207,9 +208,13 @@ def _abandon(name: object, registry: Registry, caller: Caller) -> dict[str, Any]
     migration = registry.get(name) if isinstance(name, str) else None
     if migration is None or not caller.owns(migration.owner):
         return {"error": f"no migration {shown(name)} here"}
+    missing = migration.memory.pages - migration.memory.received
+    if migration.phase is Phase.RUNNING and migration.session and not force:
+        has = f"its guest runs here, and its source is here with the {missing} pages that are missing"
+        return {"error": f"migration {name}: {has}; --force loses it all the same"}
     migration.report.link = "given up by an operator"
     migration.end(Phase.ABANDONED)
-    return {"abandoned": name, "pages_missing": migration.memory.pages - migration.memory.received}
+    return {"abandoned": name, "pages_missing": missing}
 
 
 def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:

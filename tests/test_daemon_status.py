@@ -32,6 +32,10 @@ def test_given_up_by_an_operator(daemon: DaemonProcess, tmp_path: Path, content:
         assert vmm.read(1) == content[PAGE : 2 * PAGE]
         waiting = daemon.migration("given-up")["pages"] - daemon.migration("given-up")["pages_received"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert (run.returncode, run.stdout) == (os.EX_UNAVAILABLE, "")
+        assert f"its source is here with the {waiting} pages that are missing; --force" in run.stderr
+        assert daemon.migration("given-up")["phase"] == "running"
+        run = subprocess.run([*command, "--force"], capture_output=True, text=True, timeout=PATIENCE)
         assert (run.returncode, run.stdout) == (0, f"given-up is given up; {waiting} pages were missing\n")
         assert vmm.receive() == {"abandoned": "given up by an operator"}
         assert vmm.receive() == {}

@@ -124,7 +124,7 @@ class DaemonProcess:
         return found
 
     def abandon(self, name: str) -> dict[str, Any]:
-        return status.ask(self.status_socket, {"command": "abandon", "migration": name})
+        return status.ask(self.status_socket, {"command": "abandon", "migration": name, "force": True})
 
     def descriptors(self) -> Counter[str]:
         """How many it has of each kind, by names without what differs from one to the next."""
