@@ -14,7 +14,7 @@ import trio
 from gmemd import admission, holder, notify, status
 from gmemd.callers import VmmRules
 from gmemd.config import Address, Config
-from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError
+from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError, reason
 from gmemd.keeping import Kept, Stranded, sort_out, take_ends
 from gmemd.listen import take_descriptors
 from gmemd.metrics import collect
@@ -174,7 +174,7 @@ class Daemon:
             os.chmod(path, config.socket_mode)
             sock.listen(BACKLOG)
         except OSError as error:
-            raise UnavailableError(f"cannot listen on {path}: {error.strerror or error}") from None
+            raise UnavailableError(f"cannot listen on {path}: {reason(error)}") from None
         return sock
 
     async def _accept(self, listener: trio.socket.SocketType, serve: Serve) -> None:
@@ -256,12 +256,11 @@ def _tcp(address: Address) -> socket.socket:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
-        raise UnavailableError(f"cannot listen on {address}: {error.strerror}") from None
+        raise UnavailableError(f"cannot listen on {address}: {reason(error)}") from None
 
 
 def _name(listener: trio.socket.SocketType) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return str(Address(*listener.getsockname()[:2]))
 
 
 def _group_id(name: str) -> int:

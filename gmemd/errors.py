@@ -7,6 +7,13 @@ one line. Any other exception is a bug of ours and keeps its traceback.
 import os
 
 
+def reason(error: BaseException) -> str:
+    """Why a system call failed, in the kernel's words alone: Python and trio put others around them."""
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
+    return getattr(error, "strerror", None) or str(error)
+
+
 class GmemdError(Exception):
     """Base of all errors that we mean to raise."""
 

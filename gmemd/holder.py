@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gmemd.errors import UnavailableError
+from gmemd.errors import UnavailableError, reason
 from gmemd.keeping import ENDED
 from gmemd.native import keep_secret
 
@@ -105,18 +105,22 @@ def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
         try:
-            out.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            _start(path)
-            out.connect(str(path))
-        socket.send_fds(out, [b"FDLIST=1"], [theirs.fileno()])
+            try:
+                out.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                _start(path)
+                out.connect(str(path))
+            socket.send_fds(out, [b"FDLIST=1"], [theirs.fileno()])
+        except OSError as error:
+            ours.close()
+            raise UnavailableError(f"{path}: no holder of descriptors: {reason(error)}") from None
     ours.settimeout(ANSWER_SECONDS)
     kept: dict[str, list[int]] = {}
     try:
         _receive(ours, kept)
     except OSError as error:
         _let_go(ours, kept)
-        raise UnavailableError(f"{path}: the holder of descriptors does not answer: {error}") from None
+        raise UnavailableError(f"{path}: the holder of descriptors does not answer: {reason(error)}") from None
     except UnavailableError as error:
         _let_go(ours, kept)
         raise UnavailableError(f"{path}: {error}; the holder keeps them all: ulimit -n") from None
@@ -141,7 +145,8 @@ def _let_go(holder: socket.socket, kept: dict[str, list[int]]) -> None:
 
 def _start(path: Path) -> None:
     """Starts a holder that outlives us. Its socket is there before it is, so nobody has to wait."""
-    path.unlink(missing_ok=True)
+    if path.is_socket():
+        path.unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
         old_umask = os.umask(0o177)
         try:

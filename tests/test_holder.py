@@ -1,6 +1,7 @@
 """The process that keeps descriptors: as many as it may, and what cannot be taken is told."""
 
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -46,6 +47,21 @@ def end(path: Path) -> None:
         out.connect(str(path))
         out.send(b"FDSTOREREMOVE=1\nFDNAME=many")
     assert len(kept["many"]) == KEPT
+
+
+def test_where_no_holder_can_be(tmp_path: Path) -> None:
+    """What an operator has put there by mistake stays."""
+    (tmp_path / "file").write_text("precious")
+    places = {
+        tmp_path / "file": "Address already in use",
+        tmp_path: "Address already in use",
+        tmp_path / "nowhere/holder": "No such file or directory",
+        tmp_path / ("long" * 30): "AF_UNIX path too long",
+    }
+    for path, why in places.items():
+        with pytest.raises(UnavailableError, match=f"^{re.escape(str(path))}: no holder of descriptors: {why}$"):
+            take_back(path)
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_it_keeps_more_than_the_soft_limit(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import trio
 
-from gmemd.errors import GmemdError, LinkError, ProtocolError
+from gmemd.errors import GmemdError, LinkError, ProtocolError, reason
 from gmemd.migrate import wire
 from gmemd.migrate.state import Conversation, Role
 from gmemd.migrate.tls import Secured, Stream, TlsStream, at
@@ -88,7 +88,7 @@ class MessageStream:
         try:
             yield
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise LinkError(f"{self.address}: {error.__cause__ or error}") from None
+            raise LinkError(f"{self.address}: {reason(error.__cause__ or error)}") from None
         except GmemdError as error:
             raise at(self.address, error) from None
 
@@ -145,7 +145,7 @@ async def connect(host: str, port: int, timeout: float, secured: Secured | None 
     except (OSError, UnicodeError) as error:
         # Of several addresses, each had a reason of its own.
         why = error.__cause__.exceptions[0] if isinstance(error.__cause__, ExceptionGroup) else error
-        raise LinkError(f"{address}: cannot connect: {why}") from None
+        raise LinkError(f"{address}: cannot connect: {reason(why)}") from None
     if secured is None:
         return MessageStream(stream, Role.DESTINATION, address)
     try:
