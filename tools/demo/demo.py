@@ -16,6 +16,7 @@ from rich.console import Console
 from gmemd import config, status
 from gmemd.errors import GmemdError, UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
+from gmemd.migrate.wire import MAX_LANES
 from gmemd.probe_host import available_memory
 from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
@@ -70,6 +71,8 @@ def _check(options: argparse.Namespace) -> tuple[list[Injection], Conditions]:
         raise UsageError(f"--memory {options.memory}: {error}") from None
     if not 1 <= options.vcpus <= MAX_VCPUS:
         raise UsageError(f"--vcpus {options.vcpus}: 1 to {MAX_VCPUS}")
+    if not 1 <= options.lanes <= MAX_LANES:
+        raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
     check(options)
     conditions = network.parse(options.network or "", options.seed)
     if conditions.kernel:

@@ -118,7 +118,6 @@ class Ends:
             "--json",
             *(["--no-background", "--ahead=0"] if self.setup.on_demand else []),
             *([f"--stages={self.setup.stages / 'source'}{SUFFIX}"] if self.setup.stages else []),
-            *(["--tls=off", "--plain-text-on-network"] if self._prefix else []),
             *self.setup.source_arguments,
         ]
         self.source = await self.stage.start("source", command, apart=self.apart)
@@ -187,8 +186,6 @@ class Ends:
             "network": {"listen": self.listen},
         }
         if self._prefix:  # the addresses of a namespace are not loopback ones, but nothing leaves this host
-            ours["network"] |= {"tls": "off", "plain_text_on_network": True}
-        if self._prefix:
             ours["network"] |= {"tls": "off", "plain_text_on_network": True}
         if self.setup.stages:
             ours["trace"] = {"directory": str(self.setup.stages), "stages": True}

@@ -72,6 +72,8 @@ class Handler:
                 with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                     await anext(signals)
                 nursery.cancel_scope.cancel()
+            if not await ends.ask():
+                raise UnavailableError(f"{self.socket}: no VMM has handed its memory over")
             if ends.source.process.returncode is None:
                 ends.setup = replace(ends.setup, on_demand=False)
                 await ends.kill_source()
