@@ -24,5 +24,6 @@ async def show_progress(migration: OutgoingMigration) -> None:
             sent = migration.source.counters()
             pages = sent["background_pages"] + sent["urgent_pages"] + sent["zero_pages"]
             done = min(pages * migration.memory.size // migration.memory.pages, migration.memory.size)
-            bar.update(task, description=migration.progress.phase, completed=done)
+            phase, trouble = migration.progress.phase, migration.progress.trouble
+            bar.update(task, description=f"{phase}: {trouble}" if trouble else phase, completed=done)
             await trio.sleep(REFRESH_SECONDS)

@@ -79,6 +79,7 @@ class Registry:
         self.ended: Counter[str] = Counter()  # by phase, those before us that are remembered included
         self.finished: deque[Finished] = deque(maxlen=FINISHED)
         self.unusable: dict[str, Unusable] = {}
+        self.waiting: dict[str, str] = {}  # sources whose VMM has not come: by address, what they name
         self._owners: dict[str, int] = {}
         self._migrations: dict[str, IncomingMigration] = {}
         self._arrivals = trio.Condition()

@@ -31,7 +31,7 @@ def main(path: Path, *, as_json: bool, watch: bool) -> int:
         print(json.dumps(answer), flush=True)
         while watch:
             time.sleep(REFRESH_SECONDS)
-            print(json.dumps(_ask(path)), flush=True)
+            print(json.dumps(_ask_again(path)), flush=True)
         return 0
     if not watch:
         Console().print(render(answer))
@@ -39,28 +39,34 @@ def main(path: Path, *, as_json: bool, watch: bool) -> int:
     with Live(render(answer), auto_refresh=False) as live:
         while True:
             time.sleep(REFRESH_SECONDS)
-            live.update(_look(path), refresh=True)
+            live.update(render(_ask_again(path)), refresh=True)
 
 
 def _ask(path: Path) -> dict[str, Any]:
     return status.ask(path, {"command": "status"})
 
 
-def _look(path: Path) -> RenderableType:
+def _ask_again(path: Path) -> dict[str, Any]:
     """Whoever watches wants to see the daemon come back after a restart."""
     try:
-        return render(_ask(path))
+        return _ask(path)
     except UnavailableError as error:
-        return Text(str(error), style="bold red")
+        return {"error": str(error)}
 
 
 def render(answer: dict[str, Any]) -> RenderableType:
-    """All migrations, and those that have ended."""
+    """All migrations, and those that have ended; or why nobody tells of them."""
+    if "error" in answer:
+        return Text(answer["error"], style="bold red")
     try:
         parts = [_migration(m) for m in answer["migrations"]]
         parts += [
             Text(f"{u['migration']}: cannot be taken over, its guest waits: {u['why']}", style="bold red")
             for u in answer["unusable"]
+        ]
+        parts += [
+            Text(f"{w['migration']}: no VMM has come, and a source waits for it: {w['source']}")
+            for w in answer.get("waiting", ())  # which older daemons do not tell
         ]
         if answer["finished"]:
             parts.append(_finished(answer["finished"]))

@@ -27,6 +27,10 @@ MAX_AHEAD = 63  # one frame, with the page that was asked for
 DEFAULT_LANES = 2  # the second keeps a second core of the source busy
 
 
+def address(text: str) -> int:
+    return int(text, 0)
+
+
 def parser() -> argparse.ArgumentParser:
     """All options."""
     top = cli.Parser(
@@ -39,8 +43,10 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_mutually_exclusive_group(required=True)
     what.add_argument("--vmm", type=Path, metavar="SOCKET", help="the VMM's hand-off socket")
     what.add_argument("--file", type=Path, metavar="PATH", help="a memory file, whole, as one region")
-    top.add_argument("--gpa", type=lambda text: int(text, 0), default=0, help="guest physical address of --file (0)")
-    top.add_argument("--lanes", type=int, default=DEFAULT_LANES, help=f"background connections ({DEFAULT_LANES})")
+    top.add_argument("--gpa", type=address, default=0, metavar="N", help="guest physical address of --file (0)")
+    top.add_argument(
+        "--lanes", type=int, default=DEFAULT_LANES, metavar="N", help=f"background connections ({DEFAULT_LANES})"
+    )
     top.add_argument(
         "--rate",
         default="0",
@@ -87,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--stages", type=Path, metavar="FILE", help="write down when each of the latest faults was answered"
     )
-    top.add_argument("--poll-us", type=int, default=50, help="poll this long before sleeping, in µs (50; 0 never)")
+    top.add_argument(
+        "--poll-us", type=int, default=50, metavar="N", help="poll this long before sleeping, in µs (50; 0 never)"
+    )
     top.add_argument(
         "--patience",
         type=float,

@@ -151,10 +151,15 @@ class SourceConnections:
             if not place:
                 log.warning("%s: too many wait for their VMMs", address, extra={"once": "waiting", "every": 10.0})
                 raise LinkError(f"{address}: too many wait for their VMMs")
-            while True:
-                with trio.move_on_after(self.settings.heartbeat):
-                    return await self.registry.arrival(hello.migration)
-                await control.send(wire.Waiting())
+            log.info("source %s waits for its VMM", address, extra={"migration": hello.migration})
+            self.registry.waiting[address] = hello.migration
+            try:
+                while True:
+                    with trio.move_on_after(self.settings.heartbeat):
+                        return await self.registry.arrival(hello.migration)
+                    await control.send(wire.Waiting())
+            finally:
+                del self.registry.waiting[address]
 
     async def _say_ended(self, messages: MessageStream, hello: wire.Hello, ended: Finished) -> bool:
         """A source that was cut off at the very end hears how it ended. One that is new may mean another migration of

@@ -16,7 +16,7 @@ import trio
 
 from gmemd import __version__
 from gmemd.callers import Caller
-from gmemd.errors import DataError, UnavailableError
+from gmemd.errors import DataError, PermissionRefusedError, UnavailableError, reason
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.native.destination import Blocked, Wait
 from gmemd.places import Places
@@ -192,6 +192,11 @@ def answer_untrusted(request: bytes, registry: Registry, caller: Caller) -> dict
                 for u in registry.unusable.values()
                 if caller.owns(u.owner)
             ],
+            "waiting": [
+                {"migration": name, "source": address}
+                for address, name in registry.waiting.items()
+                if caller.is_operator
+            ],
             "finished": [ended.told for ended in registry.finished if caller.owns(ended.owner)],
         }
     if command == "abandon":
@@ -225,9 +230,14 @@ def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
             sock.connect(str(path))
             sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as file:
-                answer = json.loads(file.read(MAX_ANSWER))
+                line = file.read(MAX_ANSWER)
+        if not line.endswith(b"\n"):
+            raise UnavailableError(f"{path}: the daemon hung up: it ends, or too many ask it at a time")
+        answer = json.loads(line)
+    except PermissionError as error:
+        raise PermissionRefusedError(f"{path}: user {os.geteuid()} may not ask: {reason(error)}") from None
     except OSError as error:
-        raise UnavailableError(f"{path}: no daemon answers: {error.strerror or error}") from None
+        raise UnavailableError(f"{path}: no daemon answers: {reason(error)}") from None
     except ValueError as error:
         raise DataError(f"{path}: not an answer of gmemd: {error}") from None
     if not isinstance(answer, dict):

@@ -77,6 +77,7 @@ BASE = ("127.0.0.1:1", "--migration", "m", "--file", "/dev/null")
         ((*BASE, "--lanes", "16"), "--lanes 16: 1 to 15"),
         ((*BASE, "--lanes", "x"), "argument --lanes: invalid int value: 'x'"),
         ((*BASE, "--poll-us", "-1"), "--poll-us -1: 0 to 1000"),
+        ((*BASE, "--gpa", "top"), "argument --gpa: invalid address value: 'top'"),
         ((*BASE, "--gpa", "-4096"), "--gpa -0x1000: 0 to 2^63 - 1"),
         ((*BASE, "--gpa", "0x8000000000000000"), "--gpa 0x8000000000000000: 0 to 2^63 - 1"),
         ((*BASE, "--rate", "fast"), "--rate fast: must be a size"),
@@ -113,7 +114,7 @@ def test_files_that_hold_no_memory(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("host", "error"),
     [
-        ("127.0.0.1", r"127\.0\.0\.1:{port}: cannot connect: .*Connection refused"),
+        ("127.0.0.1", r"127\.0\.0\.1:{port}: cannot connect: Connection refused"),
         ("[::1]", r"::1:{port}: cannot connect: .*"),
         ("nobody.invalid", r"nobody\.invalid:{port}: cannot connect: .*"),
         ("a..b", r"a\.\.b:{port}: cannot connect: .*label empty or too long.*"),
@@ -192,8 +193,12 @@ def test_no_daemon_answers(run: Run, tmp_path: Path, command: tuple[str, ...]) -
     assert told.errors == f"gmemd: {tmp_path}/sock: no daemon answers: No such file or directory\n"
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 400\r\n", b"[]", b"7", b""])
-def test_something_else_answers(tmp_path: Path, answer: bytes) -> None:
+@pytest.mark.parametrize(
+    ("answer", "code", "error"),
+    [(other, os.EX_DATAERR, "not an answer of gmemd: ") for other in (b"HTTP/1.1 400\r\n", b"[]\n", b"7\n")]
+    + [(part, os.EX_UNAVAILABLE, "the daemon hung up: ") for part in (b"", b'{"version": "0.1')],
+)
+def test_something_else_answers(tmp_path: Path, answer: bytes, code: int, error: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "sock"))
         listener.listen()
@@ -204,8 +209,8 @@ def test_something_else_answers(tmp_path: Path, answer: bytes) -> None:
                 assert json.loads(connection.recv(4096)) == {"command": "status"}
                 connection.sendall(answer)
             out, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out) == (os.EX_DATAERR, "")
-    assert errors.startswith(f"gmemd: {tmp_path}/sock: not an answer of gmemd: ")
+    assert (process.returncode, out) == (code, "")
+    assert errors.startswith(f"gmemd: {tmp_path}/sock: {error}")
 
 
 @pytest.mark.parametrize("main", [GMEMD, SOURCE], ids=["gmemd", "gmemd-source"])

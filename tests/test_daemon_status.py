@@ -46,6 +46,22 @@ def test_given_up_by_an_operator(daemon: DaemonProcess, tmp_path: Path, content:
     assert (run.returncode, run.stderr) == (os.EX_UNAVAILABLE, "gmemd: no migration 'given-up' here\n")
 
 
+def test_a_source_whose_vmm_has_not_come(daemon: DaemonProcess, tmp_path: Path, content: bytes) -> None:
+    """Both ends say so: one of the two may have the wrong name."""
+    memory = tmp_path / "memory"
+    memory.write_bytes(content)
+    with SourceProcess(daemon.port, "mistyped", "--file", memory, options=("--verbose",)) as source:
+        (waiting,) = eventually(lambda: daemon.status()["waiting"])
+        assert waiting["migration"] == "mistyped"
+        assert f"migration mistyped: source {waiting['source']} waits for its VMM" in daemon.log.read_text()
+        command = [sys.executable, "-m", "gmemd.cli", "status", "--socket", str(daemon.status_socket)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert told.stdout.startswith("mistyped: no VMM has come, and a source waits for it: 127.0.0.1:")
+        assert source.process.stderr
+        assert source.process.stderr.readline().endswith(": waits for the VMM of migration mistyped there\n")
+    eventually(lambda: not daemon.status()["waiting"])
+
+
 def test_status_tells_what_there_is(daemon: DaemonProcess, rng: random.Random) -> None:
     content = rng.randbytes(COUNT * PAGE)
     with Vmm(len(content)) as vmm, RawSource(daemon.port, "told", REGIONS) as source:

@@ -11,7 +11,7 @@ from support.users import ALICE, BOB, as_user, connect_as, needs_root, open_fold
 from support.vmm import PAGE, Vmm
 
 from gmemd import status
-from gmemd.errors import UnavailableError
+from gmemd.errors import PermissionRefusedError, UnavailableError
 
 pytestmark = needs_root
 SIZE = 16 * PAGE
@@ -98,6 +98,12 @@ def test_a_user_sees_and_gives_up_only_its_own(daemon: DaemonProcess) -> None:
         as_user(ALICE, lambda: daemon.abandon("a-1"))
         assert alices.expect("abandoned")
         eventually(lambda: names(daemon, 0, "finished") == {"a-1", "b-1"})
+
+
+def test_a_user_whom_the_socket_keeps_out(daemon: DaemonProcess) -> None:
+    daemon.status_socket.chmod(0o600)
+    with pytest.raises(PermissionRefusedError, match=f"user {ALICE} may not ask: Permission denied$"):
+        as_user(ALICE, daemon.status)
 
 
 def test_a_name_is_the_first_users(daemon: DaemonProcess) -> None:

@@ -111,6 +111,29 @@ def test_watch_on_a_terminal(daemon: DaemonProcess, rng: random.Random) -> None:
             terminal.close()
 
 
+def test_watch_for_programs_outlives_a_daemon(tmp_path: Path) -> None:
+    """One that answers, one that ends before it has, and one after it."""
+    path = tmp_path / "sock"
+    watch = [sys.executable, "-m", "gmemd.cli", "status", "--socket", str(path), "--json", "--watch"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            for answer, told in {
+                b'{"pid": 1}\n': {"pid": 1},
+                b'{"pi': {"error": f"{path}: the daemon hung up: it ends, or too many ask it at a time"},
+                b'{"pid": 2}\n': {"pid": 2},
+            }.items():
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+                assert json.loads(process.stdout.readline()) == told
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+
+
 def test_threads_that_wait_are_told_with_what_they_have_waited(daemon: DaemonProcess, rng: random.Random) -> None:
     content = rng.randbytes(COUNT * PAGE)
     with Vmm(len(content), features=THREAD_ID) as vmm, RawSource(daemon.port, "threads", REGIONS) as source:

@@ -29,6 +29,7 @@ LONGEST_PAUSE = 2.0
 RESTART_SECONDS = 10.0
 RESTART_PAUSE = 0.03
 JITTER = 0.5
+WAITING = "waiting for the VMM there"
 
 
 class Guest(Protocol):
@@ -165,6 +166,7 @@ class OutgoingMigration:
 
     async def _greet(self, control: ControlLane) -> wire.Welcome | None:
         """The destination's welcome; None if it has everything already."""
+        address = control.messages.address
         regions = [[r.gpa, r.pages, r.page_shift] for r in self.memory.regions]
         checksum = self.settings.checksum and control.messages.tls is None  # TLS tells of every wrong bit, too
         hello = wire.Hello(self.to.migration, self.epoch, self.token, self.to.lanes, checksum, regions, self.to.verify)
@@ -173,13 +175,15 @@ class OutgoingMigration:
             with trio.move_on_after(self.settings.handshake_timeout):
                 message = await control.receive()
                 if isinstance(message, wire.Waiting):
-                    self.progress.phase = "waiting for the VMM there"
+                    if self.progress.phase != WAITING:
+                        log.info("%s: waits for the VMM of migration %s there", address, self.to.migration)
+                    self.progress.phase = WAITING
                     continue
                 if isinstance(message, wire.Complete) and self.switched:
                     return None
-                _take_no(message, control.messages.address)
+                _take_no(message, address)
                 return expect(message, wire.Welcome, Role.DESTINATION)
-            raise LinkError(f"{control.messages.address}: no answer to our hello")
+            raise LinkError(f"{address}: no answer to our hello")
 
     async def state(self) -> bytes:
         """Stops the guest, once."""
