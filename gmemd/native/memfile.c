@@ -160,6 +160,13 @@ int gm_memfile_shown(int fd, uint64_t offset)
     return error ? error : gm_memfile_punch(fd, offset, BASE_PAGE);
 }
 
+static bool ends_before(int fd, uint64_t end)
+{
+    struct stat st;
+
+    return fstat(fd, &st) < 0 || (uint64_t)st.st_size < end;
+}
+
 int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out)
 {
     off_t data = lseek(fd, (off_t)from, SEEK_DATA);

@@ -36,7 +36,8 @@ int gm_memfile_empty(int fd, uint64_t offset, uint64_t length);
  * are not shared. Leaves it as empty as it was. */
 int gm_memfile_shown(int fd, uint64_t offset);
 
-/* The next range at or after `from` and before `end` that may hold data, into out[0] (start) and out[1] (end); 0 if none. */
+/* The next range at or after `from` and before `end` that may hold data, into out[0] (start) and out[1] (end); 0 if none. What a file that
+ * ends before `end` lacks may have been data: to read it is an error. */
 int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out);
 /* end python */
 

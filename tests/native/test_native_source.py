@@ -467,6 +467,17 @@ def test_beginning_anew_without_what_is_there() -> None:
 # Holes
 
 
+def test_what_a_file_has_lost_is_no_hole() -> None:
+    """A file that was cut short behind our back: what it had is gone, and the guest must not take zeros for it."""
+    with Host() as host:
+        host.fill(*range(10, 20), *range(60, 64))
+        os.truncate(host.files[0], 40 * PAGE)
+        assert holes(host) == [(0, 10)]
+        push, _ = host.push()
+        with pytest.raises(HandoffError, match="region 0: pages 10 to 63 cannot be read"):
+            push.run(BUDGET_US)
+
+
 def holes(host: Host, region: int = 0) -> list[tuple[int, int]]:
     return [hole for batch in host.source.holes(region) for hole in batch]
 
