@@ -63,6 +63,7 @@ int gm_memfile_guest_memfd(uint64_t size, uint64_t flags, struct gm_problem *ret
     if (fd < 0)
         return gm_blame(ret, GM_KERNEL, errno, "guest_memfd: %llu bytes, flags %#llx",
                         (unsigned long long)size, (unsigned long long)flags);
+    fcntl(fd, F_SETFD, FD_CLOEXEC); /* the kernel gives it without */
     return fd;
 }
 
@@ -174,7 +175,7 @@ int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out)
 
     out[0] = from;
     out[1] = end;
-    if (data < 0 && errno == ENXIO)
+    if (data < 0 && errno == ENXIO && !ends_before(fd, end))
         return 0;
     if (data < 0 || is_guest_memfd(fd))
         return from < end;
@@ -187,16 +188,24 @@ int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out)
     return 1;
 }
 
+static int allocate(int fd, int mode, uint64_t offset, uint64_t length)
+{
+    int result;
+
+    do
+        result = fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length);
+    while (result < 0 && errno == EINTR);
+    return result < 0 ? -errno : 0;
+}
+
 int gm_memfile_zero(int fd, uint64_t offset, uint64_t length)
 {
-    return fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
+    return allocate(fd, 0, offset, length);
 }
 
 int gm_memfile_punch(int fd, uint64_t offset, uint64_t length)
 {
-    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-
-    return fallocate(fd, mode, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
+    return allocate(fd, FALLOC_FL_PUNCH_HOLE, offset, length);
 }
 
 int gm_memfile_write(int fd, const void *from, size_t length, uint64_t offset)

@@ -37,6 +37,7 @@ NAMES = {
     "histogram.h": ["gm_histogram_record"],
     "guard.h": ["gm_guarded_store", "gm_guarded_load"],
     "memory.h": ["gm_memory_find"],
+    "memfile.h": ["gm_memfile_zero"],
     "install.h": [
         "struct gm_install",
         "gm_install_events_begin",

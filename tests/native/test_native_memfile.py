@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from native_rig import HUGE, PAGE, address_of, content, huge_pages, new_file
 
 from gmemd.errors import HandoffError, KernelError
 from gmemd.native import check, ffi, lib
+
+MANY_PAGES = 64 << 20  # bytes, more than are made present in a millisecond
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ def test_guest_memfd_is_recognised() -> None:
         pytest.skip(str(error))
     try:
         assert kind(fd)[0] == lib.GM_GUEST_MEMFD
+        assert not os.get_inheritable(fd)
         assert lib.gm_memfile_empty(fd, 0, 16 * PAGE) == 1
         with mmap.mmap(fd, 16 * PAGE, mmap.MAP_SHARED) as mapped:
             mapped[7 * PAGE] = 1
@@ -70,6 +74,25 @@ def test_guest_memfd_is_recognised() -> None:
         assert lib.gm_memfile_empty(fd, 0, 7 * PAGE) == 1
     finally:
         os.close(fd)
+
+
+@pytest.mark.usefixtures("require_kvm")
+def test_a_signal_takes_no_page_away() -> None:
+    """fallocate() gives up when one comes, whoever it is for."""
+    signals: list[int] = []
+    try:
+        fd = check(lib.gm_memfile_guest_memfd, MANY_PAGES, lib.GM_GUEST_MEMFD_MMAP | lib.GM_GUEST_MEMFD_INIT_SHARED)
+    except KernelError as error:
+        pytest.skip(str(error))
+    before = signal.signal(signal.SIGALRM, lambda number, _: signals.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    try:
+        assert inside.gm_memfile_zero(fd, 0, MANY_PAGES) == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(fd)
+    assert signals
 
 
 def test_what_is_no_memory_file_is_refused() -> None:
