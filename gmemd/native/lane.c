@@ -67,7 +67,7 @@ void gm_lane_free(struct gm_lane *lane)
 
 uint64_t gm_lane_heard_ns(const struct gm_lane *lane)
 {
-    return atomic_load(&lane->stream.heard_ns);
+    return gm_stream_heard_ns(&lane->stream);
 }
 
 int gm_lane_held(const struct gm_lane *lane)

@@ -95,7 +95,7 @@ void gm_server_beat(struct gm_server *server)
 
 uint64_t gm_server_heard_ns(const struct gm_server *server)
 {
-    return atomic_load(&server->sender.stream.heard_ns);
+    return gm_stream_heard_ns(&server->sender.stream);
 }
 
 /* Sends what a guest that walks through memory will want next, and has the background go on behind that. */

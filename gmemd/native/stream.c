@@ -6,8 +6,12 @@
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <sys/socket.h>
+
+/* The longest that a tick of the kernel is: its times are as exact, and silence must not look like a sign of life. */
+enum { TICK_MS = 10 };
 
 void gm_stream_init(struct gm_stream *s, unsigned lane, int socket, struct gm_tls *tls, const char *peer)
 {
@@ -78,14 +82,32 @@ void gm_stream_pace(const struct gm_stream *s, uint64_t bytes_per_s)
         return;
 }
 
+static bool ask_tcp(const struct gm_stream *s, struct tcp_info *info)
+{
+    socklen_t size = sizeof *info;
+
+    *info = (struct tcp_info){0};
+    return getsockopt(s->socket, IPPROTO_TCP, TCP_INFO, info, &size) == 0;
+}
+
 struct gm_round_trip gm_stream_round_trip(const struct gm_stream *s)
 {
-    struct tcp_info info = {0};
-    socklen_t size = sizeof info;
+    struct tcp_info info;
 
-    if (getsockopt(s->socket, IPPROTO_TCP, TCP_INFO, &info, &size) < 0)
+    if (!ask_tcp(s, &info))
         return (struct gm_round_trip){0};
     return (struct gm_round_trip){.now_us = info.tcpi_rtt, .least_us = info.tcpi_min_rtt};
+}
+
+uint64_t gm_stream_heard_ns(const struct gm_stream *s)
+{
+    uint64_t heard = atomic_load_explicit(&s->heard_ns, memory_order_relaxed), came;
+    struct tcp_info info;
+
+    if (!ask_tcp(s, &info))
+        return heard;
+    came = gm_now_ns() - ((uint64_t)info.tcpi_last_data_recv + TICK_MS) * 1000000;
+    return came > heard ? came : heard;
 }
 
 int gm_stream_ended(const struct gm_stream *s, ssize_t error, const char *where, struct gm_problem *ret)

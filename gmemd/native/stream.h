@@ -18,7 +18,7 @@ struct gm_stream {
     struct gm_tls *tls;        /* or NULL: plain text */
     char name[32];             /* of the lane */
     const char *peer;          /* who is at the other end */
-    _Atomic uint64_t heard_ns; /* when something last came, CLOCK_MONOTONIC */
+    _Atomic uint64_t heard_ns; /* when something was last read, CLOCK_MONOTONIC */
 };
 
 /* `socket` stays the caller's, and is non-blocking; so does `tls`, the session on it, if there is one. Lane 0 is the urgent one. */
@@ -39,6 +39,9 @@ struct gm_round_trip {
     uint32_t now_us, least_us;
 };
 struct gm_round_trip gm_stream_round_trip(const struct gm_stream *s);
+
+/* When something last came, CLOCK_MONOTONIC: was read, or has come as far as the socket, which not everybody reads at once. */
+uint64_t gm_stream_heard_ns(const struct gm_stream *s);
 
 /* Says how it ended, as gm_blame() does. `where` is empty, or where in the talk that was. */
 int gm_stream_ended(const struct gm_stream *s, ssize_t error, const char *where, struct gm_problem *ret);

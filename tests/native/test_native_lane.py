@@ -3,18 +3,20 @@
 import gc
 import random
 import socket
+import time
 from dataclasses import replace
 
 import pytest
 from native_frames import HEADER, PAGES, ZERO, Frame, beat, pages, zeros
-from native_rig import PAGE, Guest, Line, RunningPager, Task, content, paged, told, until
+from native_rig import PAGE, POLL_US, Guest, Line, RunningPager, Task, content, paged, told, until
 
 from gmemd.errors import GmemdError, LinkError, ProtocolError
-from gmemd.native.destination import Destination, Lane
+from gmemd.native.destination import Destination, Lane, Pager
 from gmemd.native.memory import Memory, Populate
 
 ways = pytest.mark.parametrize("way", list(Populate))
 # Through the lane's buffer, and past it.
+SILENCE = 0.1  # seconds; the kernel tells to within 10 ms when something last came
 both_paths = pytest.mark.parametrize("way", [Populate.WRITE, Populate.RECV])
 
 
@@ -64,6 +66,20 @@ def test_a_beat_is_heard() -> None:
         line.feed(beat())
         assert line.lane.heard_ns > before
         assert guest.received() == set()
+
+
+def test_a_frame_that_comes_slowly_is_heard() -> None:
+    """It is left in the socket until all of it is there: that it comes is a sign of life all the same."""
+    with Guest(populate=Populate.RECV) as guest:
+        line = guest.line()
+        frame = pages(0, 0, contents(0, 64))
+        line.feed(frame[:10_000])
+        before = line.lane.heard_ns
+        time.sleep(SILENCE)
+        line.far.send(frame[10_000:20_000])
+        until(lambda: line.lane.heard_ns > before + SILENCE * 1e9 / 2)
+        line.feed(frame[20_000:])
+        assert guest.received() == set(range(64))
 
 
 def test_a_budget_ends_a_busy_lane() -> None:

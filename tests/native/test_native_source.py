@@ -30,6 +30,7 @@ pytest_plugins = ["native_races"]
 BUDGET_US = 50_000
 SO_MAX_PACING_RATE = 47
 BATCH = 4096  # holes fetched a call
+SILENCE = 0.1  # seconds; the kernel tells to within 10 ms when something last came
 
 
 class Host:
@@ -285,6 +286,21 @@ def test_beats_of_the_server() -> None:
         before = server.heard_ns
         far.send(beat())
         until(lambda: server.heard_ns > before)
+
+
+def test_beats_are_heard_while_the_socket_is_full() -> None:
+    """No request is read then: a destination whose line is slow is alive all the same."""
+    with Host((4096, PAGE)) as host, host.serving() as (server, far, _):
+        host.fill(*range(4096))
+        far.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        far.send(b"".join(request(0, page, 64) for page in range(0, 4096, 64)))
+        until(lambda: host.source.counters()["sent_bytes"] > 0)
+        time.sleep(SILENCE)
+        before = server.heard_ns
+        time.sleep(SILENCE)
+        far.send(beat())
+        until(lambda: server.heard_ns > before + SILENCE * 1e9 / 2)
+        frames_of(far, 4096)
 
 
 def test_an_idle_server_uses_no_cpu() -> None:
