@@ -80,5 +80,6 @@ void gm_giveway_wait(struct gm_giveway *g, uint64_t now_ns, uint32_t waited_us, 
 
 uint64_t gm_giveway_rate(const struct gm_giveway *g, uint64_t now_ns)
 {
-    return now_ns - atomic_load(&g->heard_ns) > (uint64_t)SILENCE_US * 1000 ? 0 : atomic_load(&g->rate);
+    /* Another thread may have noted a wait since the clock was read. */
+    return now_ns > atomic_load(&g->heard_ns) + (uint64_t)SILENCE_US * 1000 ? 0 : atomic_load(&g->rate);
 }

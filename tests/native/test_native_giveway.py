@@ -71,3 +71,12 @@ def test_faster_when_waits_are_short_again_and_free_when_nobody_waits() -> None:
     assert line.rate
     line.now += 200_000_000
     assert line.rate == 0
+
+
+def test_a_wait_that_is_noted_while_the_rate_is_asked_for() -> None:
+    """By another thread, whose clock was read later."""
+    line = Line(GIGABIT)
+    line.turns(100, LATE_US)
+    held = line.rate
+    line.now -= 1000
+    assert line.rate == held
