@@ -196,8 +196,10 @@ int64_t gm_destination_told_zero(struct gm_destination *d, unsigned region, uint
         unsigned here = end - page < GM_FRAME_PAGES ? (unsigned)(end - page) : GM_FRAME_PAGES;
         int got = gm_install_hole(d, &d->memory->region[region], page, here, ret);
 
-        if (got < 0)
-            return -1;
+        if (got < 0) {
+            total = -1;
+            break;
+        }
         total += got;
     }
     if (gm_waits_any(&d->waits))

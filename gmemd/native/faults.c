@@ -9,11 +9,17 @@
 
 #include <errno.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 _Static_assert(sizeof(struct uffd_msg) == GM_MESSAGE_BYTES, "the state has room for whole messages");
+
+/* Whether one more frame finds room. If not, everything is asked for again once all has gone. */
+static bool has_room(struct gm_port *port)
+{
+    port->unsaid |= GM_OUT_BYTES - (port->out_end - port->out_start) < GM_HEADER_BYTES;
+    return !port->unsaid;
+}
 
 void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64_t first, uint32_t count)
 {
@@ -21,7 +27,7 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
     struct gm_frame frame = {.kind = kind, .region = (uint16_t)region, .first = first, .count = count};
 
     /* Without a lane nothing is queued: a new one asks for everything that is waited for. */
-    if (!lane)
+    if (!lane || !has_room(port))
         return;
     if (port->out_start == port->out_end)
         port->out_start = port->out_end = 0;
@@ -30,9 +36,6 @@ void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64
         port->out_end -= port->out_start;
         port->out_start = 0;
     }
-    port->unsaid |= GM_OUT_BYTES - port->out_end < GM_HEADER_BYTES;
-    if (port->unsaid)
-        return;
     if (lane->checksum)
         frame.flags = GM_FRAME_CRC;
     if (kind == GM_KIND_REQUEST)
@@ -249,12 +252,11 @@ int gm_faults_read(struct gm_port *port, int uffd, struct gm_problem *ret)
 static void each_wait(struct gm_port *port, void (*act)(struct gm_port *, struct gm_region *, uint64_t))
 {
     struct gm_destination *d = port->destination;
-    struct gm_wait *list = malloc(GM_MAX_WAITS * sizeof *list);
-    unsigned n = list ? gm_waits_list(&d->waits, list, GM_MAX_WAITS) : 0;
+    struct gm_wait list[GM_MAX_WAITS];
+    unsigned n = gm_waits_list(&d->waits, list, GM_MAX_WAITS);
 
     for (unsigned i = 0; i < n; i++)
         act(port, &d->memory->region[list[i].region], list[i].page);
-    free(list);
 }
 
 static void sweep_one(struct gm_port *port, struct gm_region *r, uint64_t page)
@@ -285,6 +287,6 @@ void gm_faults_ask_damaged(struct gm_port *port)
 {
     struct gm_ask ask;
 
-    while (port->urgent && gm_destination_next_ask(port->destination, &ask))
+    while (port->urgent && has_room(port) && gm_destination_next_ask(port->destination, &ask))
         request(port, ask.region, ask.first, ask.count);
 }

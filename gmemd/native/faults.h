@@ -38,7 +38,7 @@ void gm_faults_sweep(struct gm_port *port);
 /* Queues requests for all that is waited for: on a new urgent lane, or because pages could not be put in place. */
 void gm_faults_ask_all(struct gm_port *port);
 
-/* Queues requests for pages of damaged frames; without a lane to ask on, that waits for one. */
+/* Queues requests for pages of damaged frames; without a lane to ask on, or room, that waits for it. */
 void gm_faults_ask_damaged(struct gm_port *port);
 
 void gm_faults_queue(struct gm_port *port, uint8_t kind, uint32_t region, uint64_t first, uint32_t count);

@@ -375,6 +375,7 @@ static void settle(struct gm_pager *p, struct outlook *next)
         if (port->unsaid && port->out_start == port->out_end) {
             port->unsaid = false;
             gm_faults_ask_all(port);
+            gm_faults_ask_damaged(port);
             send_requests(p, port);
         }
         next->busy |= port->busy;

@@ -244,6 +244,23 @@ def test_a_damaged_frame_is_asked_for_by_the_next_urgent_lane(way: Populate) -> 
 
 
 @both_paths
+def test_a_damaged_frame_is_asked_for_while_all_else_is_asked_for_again(way: Populate) -> None:
+    with Guest(populate=way) as guest:
+        pager, urgent = Pager(POLL_US), guest.line(0)
+        pager.add(guest.destination)
+        pager.set_urgent(guest.destination, urgent.lane)
+        guest.line().feed(flip(pages(0, 4, contents(4, 4)), 8 * HEADER.size))
+        pager.ask(guest.destination)
+        running = Task(pager.run)
+        try:
+            assert urgent.far.requested() == (0, 4, 4)
+        finally:
+            pager.stop()
+            running.result()
+            pager.remove(guest.destination)
+
+
+@both_paths
 def test_a_damaged_header_ends_the_lane(way: Populate) -> None:
     """Where it says which pages came, nothing tells which they were: to ask for those would lose the true ones."""
     good = pages(0, 7, content(7))
