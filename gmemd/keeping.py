@@ -61,7 +61,9 @@ class Keeper:
         """Hands over one descriptor, in place of one that is kept as the same."""
         if what in self._names:
             self.forget(what)
-        self._store.store(f"{what}.{self._migration}", [fd])
+        if not self._store.store(f"{what}.{self._migration}", [fd]) and self._store.address:
+            about = {"migration": self._migration, "once": (__name__, self._migration)}
+            log.error("%s is not kept: the guest will not outlive a restart of the daemon", what, extra=about)
         if what != ENDED:
             self._names.append(what)
 

@@ -1,4 +1,5 @@
-"""Tells the service manager how we are, and has it keep descriptors for the next start (sd_notify(3)).
+"""Tells the service manager how we are, and has it, or a holder of ours, keep descriptors for the next start
+(sd_notify(3)).
 
 Every message is one datagram. Where NOTIFY_SOCKET is not set, nobody listens and nothing is sent.
 """
@@ -7,6 +8,8 @@ import logging
 import os
 import socket
 from collections.abc import MutableMapping, Sequence
+
+from gmemd.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,6 @@ class Notifier:
         """To be sent at least every `watchdog_interval`."""
         self.send("WATCHDOG=1", timeout=0.0)
 
-    def extend_timeout(self, seconds: float) -> None:
-        """Asks for so much more time to start or stop, counted from now."""
-        self.send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
-
     def store(self, name: str, fds: Sequence[int]) -> bool:
         """Has descriptors kept under a name over a crash or restart. False: they were not handed over."""
         # Without FDPOLL=0 systemd drops, without a word, what polls as an error or a hang-up.
@@ -61,7 +60,8 @@ class Notifier:
             return False
         except OSError as error:
             what = lines[0].partition("=")[0]
-            log.warning("service manager not told %s: %s", what, error, extra={"once": (__name__, what)})
+            name = self.address.replace("\0", "@", 1)
+            log.warning("%s is not told %s: %s", name, what, reason(error), extra={"once": (name, what)})
             return False
         return True
 

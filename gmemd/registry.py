@@ -102,20 +102,25 @@ class Registry:
         return self._migrations.get(name)
 
     @contextmanager
-    def reserved(self, name: str, owner: int) -> Iterator[None]:
-        """Takes a name and a place before the work of setting up begins."""
+    def reserved(self, name: str, owner: int, *, kept: bool = False) -> Iterator[None]:
+        """Takes a name and a place before the work of setting up begins. One that was kept has its place already,
+        whatever the limits are by now."""
         if name in self._owners:
             raise HandoffError(f"migration {name}: another VMM receives it already: sent by the VMM")
-        if len(self._owners) >= self.limit:
-            raise HandoffError(f"migration {name}: this daemon has {self.limit} migrations already, its limit")
-        if list(self._owners.values()).count(owner) >= self.limit_of_user:
-            raise HandoffError(f"migration {name}: user {owner} has {self.limit_of_user} migrations already, its limit")
+        if not kept:
+            self._check_limits(name, owner)
         self._owners[name] = owner
         try:
             yield
         finally:
             del self._owners[name]
             self._migrations.pop(name, None)
+
+    def _check_limits(self, name: str, owner: int) -> None:
+        if len(self._owners) >= self.limit:
+            raise HandoffError(f"migration {name}: this daemon has {self.limit} migrations already, its limit")
+        if list(self._owners.values()).count(owner) >= self.limit_of_user:
+            raise HandoffError(f"migration {name}: user {owner} has {self.limit_of_user} migrations already, its limit")
 
     async def add(self, migration: IncomingMigration) -> None:
         """A source may have it from now on."""

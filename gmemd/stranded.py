@@ -7,7 +7,6 @@ import socket
 from contextlib import suppress
 
 from gmemd.callers import ROOT, Caller
-from gmemd.errors import HandoffError
 from gmemd.keeping import VMM, Keeper, Stranded
 from gmemd.notify import Notifier
 from gmemd.registry import Registry, Unusable
@@ -21,18 +20,15 @@ async def hold(stranded: Stranded, registry: Registry, store: Notifier) -> None:
     log.error("cannot be taken over, its guest waits: %s", stranded.why, extra={"migration": name})
     keeper = Keeper(store, name)
     keeper.adopt(stranded.parts)
-    try:
-        owner = _owner(stranded)
-        with registry.reserved(name, owner):
-            unusable = registry.unusable[name] = Unusable(name, owner, stranded.why, sorted(stranded.parts))
-            try:
-                await unusable.given_up.wait()
-            finally:
-                del registry.unusable[name]
-            _tell_vmm(stranded)
-            keeper.forget_guest()
-    except HandoffError as error:  # no place for it: it stays kept all the same
-        log.error("%s", error, extra={"migration": name})
+    owner = _owner(stranded)
+    with registry.reserved(name, owner, kept=True):
+        unusable = registry.unusable[name] = Unusable(name, owner, stranded.why, sorted(stranded.parts))
+        try:
+            await unusable.given_up.wait()
+        finally:
+            del registry.unusable[name]
+        _tell_vmm(stranded)
+        keeper.forget_guest()
 
 
 def _owner(stranded: Stranded) -> int:

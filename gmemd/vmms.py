@@ -93,7 +93,7 @@ class VmmConnection:
         """Goes on with a migration of a daemon that has ended; calls `resumed` when it does."""
         keeper = Keeper(self.shared.store, kept.migration)
         keeper.adopt(kept.parts)
-        with self.shared.registry.reserved(kept.migration, self.caller.uid):
+        with self.shared.registry.reserved(kept.migration, self.caller.uid, kept=True):
             memory = Memory.adopt(kept.state, kept.fds)
             if memory.migration != kept.migration:
                 name = memory.migration

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gmemd.errors import ConfigError
+from gmemd.keeping import Keeper
 from gmemd.listen import take_descriptors
 from gmemd.notify import MAX_NAME, Notifier, from_environment, watchdog_interval
 
@@ -59,7 +60,6 @@ def notifier(manager: socket.socket) -> Notifier:
         (Notifier.ready, b"READY=1"),
         (Notifier.stopping, b"STOPPING=1"),
         (Notifier.alive, b"WATCHDOG=1"),
-        (lambda notifier: notifier.extend_timeout(2.5), b"EXTEND_TIMEOUT_USEC=2500000"),
         (lambda notifier: notifier.remove("m-1"), b"FDSTOREREMOVE=1\nFDNAME=m-1"),
         (lambda notifier: notifier.status("half\nFDSTOREREMOVE=1"), b"STATUS=half FDSTOREREMOVE=1"),
     ],
@@ -84,8 +84,16 @@ def test_nobody_listens() -> None:
 
 
 def test_failure_is_logged(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
-    expect_log("WARNING gmemd.notify: service manager not told READY: .*No such file")
+    expect_log("WARNING gmemd.notify: .* is not told READY: No such file")
     Notifier(str(tmp_path / "nowhere")).ready()
+
+
+def test_a_guest_that_is_not_kept_is_told(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    expect_log("WARNING gmemd.notify: .*/nowhere is not told FDSTORE: No such file")
+    expect_log("ERROR gmemd.keeping: vmm is not kept: the guest will not outlive a restart of the daemon")
+    with open(os.devnull) as file:
+        Keeper(Notifier(str(tmp_path / "nowhere")), "m").keep("vmm", file.fileno())
+        Keeper(Notifier(""), "m").keep("vmm", file.fileno())  # nobody was asked to keep anything
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "é", "a\nb", "n" * (MAX_NAME + 1)])

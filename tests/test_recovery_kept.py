@@ -12,6 +12,7 @@ import trio
 from support.recovery import PAGE, Host, Sender, Vmm, content, open_host
 
 from gmemd import handoff, holder, notify
+from gmemd_tools.demo.plan import Plan
 
 pytestmark = pytest.mark.deadline(40)
 
@@ -139,6 +140,30 @@ async def test_a_state_of_the_version_before(tmp_path: Path) -> None:
                 pass
         assert vmm.wrong() == [7]
         assert await vmm.read(7) == bytes(PAGE)
+
+
+async def test_limits_are_for_those_who_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests that are here already go on, whatever the configuration says by now."""
+    as_before = Plan._config
+
+    def lowered(plan: Plan) -> Path:
+        path = as_before(plan)
+        path.write_text(path.read_text() + "[limits]\nmigrations = 1\n")
+        return path
+
+    async with (
+        open_host(tmp_path) as host,
+        half_done(host, "one") as (vmm, sender),
+        half_done(host, "two") as (other, other_sender),
+    ):
+        await kill(host)
+        monkeypatch.setattr(Plan, "_config", lowered)
+        await host.cast.start_daemon()
+        await finish(host, vmm, sender)
+        with Vmm("three", PAGES) as third:
+            await third.hand_over(host.handoff)
+            assert "this daemon has 1 migrations already, its limit" in (await third.hear())["error"]
+        await finish(host, other, other_sender)
 
 
 ODD: dict[str, tuple[Callable[[Host], None], str]] = {
