@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-SUBJECTS = ("migration", "region", "lane", "peer")
+SUBJECTS = ("migration", "lane")
 # syslog(3): 3 is an error, 4 a warning, 6 information, 7 debugging.
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 MAX_KEYS = 1024  # keys that are remembered, so that years of migrations leave nothing behind

@@ -34,8 +34,8 @@ def test_text_names_the_subject_first() -> None:
     [(logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3), (logging.CRITICAL, 2)],
 )
 def test_journal_knows_the_priority_of_every_line(level: int, priority: int) -> None:
-    text = Text(journal=True).format(record(level, "one\ntwo", region=3))
-    assert text == f"<{priority}>region 3: one\n<{priority}>two"
+    text = Text(journal=True).format(record(level, "one\ntwo", lane=3))
+    assert text == f"<{priority}>lane 3: one\n<{priority}>two"
 
 
 def test_traceback_is_kept() -> None:

@@ -4,7 +4,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
@@ -34,7 +34,6 @@ class Phase(enum.Enum):
 class Report:
     """What an operator asks about. Times of CLOCK_MONOTONIC in seconds."""
 
-    created: float = field(default_factory=time.monotonic)
     switched: float | None = None  # or since this daemon has it
     completed: float | None = None
     stuck: str | None = None  # why pages could not be put in place, while that lasts

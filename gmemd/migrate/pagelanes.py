@@ -83,7 +83,7 @@ class PageLanes:
                         if time.monotonic() - joined > STEADY_SECONDS:
                             pause = 0.0
             except (LinkError, UntrustedError) as error:  # of the latter, the control lane tells
-                log.info("lane %d: %s", lane, error)
+                log.info("%s", error, extra={"lane": lane})
             await trio.sleep(pause * random.uniform(1 - JITTER, 1))
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
 

@@ -283,6 +283,6 @@ class Session:
 
     def _lane_failed(self, number: int, error: GmemdError) -> None:
         """A lane's end is the link's business; wrong bytes are worse, and end the session."""
-        log.info("lane %d: %s", number, error, extra={"migration": self.migration.name})
+        log.info("%s", error, extra={"migration": self.migration.name, "lane": number})
         if isinstance(error, ProtocolError) and self._tasks:
             self._tasks.stop(error)
