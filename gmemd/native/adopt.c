@@ -176,7 +176,7 @@ static void forget_claims(struct gm_memory *m)
 static int map_region(struct gm_region *r, const struct gm_state_region *known, const int *fds,
                       struct gm_problem *ret)
 {
-    if (r->populate != GM_POPULATE_WRITE && gm_region_map_alias(r, ret) < 0)
+    if (gm_region_map(r, ret) < 0)
         return -1;
     if (known->has_bitmap && gm_userfault_map(r, fds[known->bitmap_name], known->bitmap_offset, ret) < 0)
         return -1;

@@ -87,10 +87,11 @@ static bool cut_short(const struct gm_region *r, uint64_t end)
 }
 
 /* That a store failed says nothing of the reason: the VMM has truncated its file, or the host has no room, which fallocate() tells. */
-static int store_in_alias(struct gm_region *r, uint64_t page, unsigned count, const unsigned char *data)
+static int store_in(unsigned char *mapping, const struct gm_region *r, uint64_t page, unsigned count,
+                    const unsigned char *data)
 {
     size_t length = gm_bytes(r, count);
-    unsigned char *to = r->alias + gm_bytes(r, page);
+    unsigned char *to = mapping + gm_bytes(r, page);
     int error = gm_guarded_store(to, data, length);
 
     if (!error || cut_short(r, page + count))
@@ -104,6 +105,9 @@ static int store(struct gm_region *r, uint64_t page, unsigned count, const unsig
 {
     size_t length = gm_bytes(r, count);
 
+    /* Nobody who waits for a page waits for 2 MiB of zeros around it. */
+    if (r->singles && count == 1)
+        return store_in(r->singles, r, page, count, data);
     if (r->populate == GM_POPULATE_WRITE) {
         int error = gm_memfile_write(r->fd, data, length, gm_file_offset(r, page));
 
@@ -114,7 +118,7 @@ static int store(struct gm_region *r, uint64_t page, unsigned count, const unsig
         if (gm_region_map_alias(r, ret) < 0)
             return -ret->error;
     }
-    return store_in_alias(r, page, count, data);
+    return store_in(r->alias, r, page, count, data);
 }
 
 /* A page is a hole from the beginning, unless an attempt to populate it failed half-way. */
@@ -341,6 +345,16 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
     }
 }
 
+/* A load brings a zero page in without writing to it: who has mapped it meanwhile may have written. */
+static int fill_hole(struct gm_region *r, uint64_t page)
+{
+    char byte;
+
+    if (r->singles && gm_guarded_load(&byte, r->singles + gm_bytes(r, page), sizeof byte) == 0)
+        return 0;
+    return gm_memfile_zero(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
+}
+
 int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t page)
 {
     int error = -EFAULT;
@@ -350,7 +364,7 @@ int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t 
 
         error = gm_uffd_continue(r->uffd, r->hva + gm_bytes(r, page), gm_bytes(r, 1), gm_bytes(r, 1), &done);
         if (error == -EFAULT) {
-            int absent = gm_memfile_zero(r->fd, gm_file_offset(r, page), gm_bytes(r, 1));
+            int absent = fill_hole(r, page);
 
             error = absent ? absent : -EFAULT;
         }

@@ -1,5 +1,9 @@
 /*
- * guest_memfd has no read() and, on released kernels, no write(); its llseek, where it has one, knows nothing of holes. Everything here that would need them says so instead of guessing.
+ * guest_memfd has no read() and, on released kernels, no write(); its llseek, where it has one, knows nothing of holes. Everything
+ * here that would need them says so instead of guessing.
+ *
+ * tmpfs mounted with huge=within_size or huge=always, and memfds where the host's shmem_enabled says so, bring in 2 MiB at once when
+ * a single page is written: the rest of it is zeroed, present, and no more received than before. Their st_blksize tells.
  */
 #include "memfile.h"
 
@@ -99,6 +103,15 @@ int gm_memfile_kind(int fd, uint64_t *page_size, struct gm_problem *ret)
     return fs.f_type == TMPFS_MAGIC ? GM_SHMEM : GM_FILE;
 }
 
+int gm_memfile_large_folios(int fd)
+{
+    struct gm_problem problem;
+    uint64_t page_size;
+    struct stat st;
+
+    return gm_memfile_kind(fd, &page_size, &problem) == GM_SHMEM && fstat(fd, &st) == 0 && st.st_blksize > BASE_PAGE;
+}
+
 /* guest_memfd knows no SEEK_DATA: asks mincore() about a mapping, piece by piece. */
 static int empty_by_mincore(int fd, uint64_t offset, uint64_t length)
 {
@@ -156,6 +169,7 @@ int gm_memfile_shown(int fd, uint64_t offset)
 
     if (map == MAP_FAILED)
         return -errno;
+    madvise(map, BASE_PAGE, MADV_NOHUGEPAGE);
     error = gm_guarded_load(&byte, map, sizeof byte);
     munmap(map, BASE_PAGE);
     return error ? error : gm_memfile_punch(fd, offset, BASE_PAGE);

@@ -39,6 +39,9 @@ int gm_memfile_shown(int fd, uint64_t offset);
 /* The next range at or after `from` and before `end` that may hold data, into out[0] (start) and out[1] (end); 0 if none. What a file that
  * ends before `end` lacks may have been data: to read it is an error. */
 int gm_memfile_data(int fd, uint64_t from, uint64_t end, uint64_t *out);
+
+/* Whether a write() of one page to it may bring a large folio in. */
+int gm_memfile_large_folios(int fd);
 /* end python */
 
 /* Makes absent pages of the range present and zero, without touching present ones. 0 or -errno. */

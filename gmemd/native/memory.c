@@ -148,9 +148,13 @@ void gm_memory_free(struct gm_memory *m)
     if (!m)
         return;
     for (unsigned i = 0; i < m->count; i++) {
-        if (m->region[i].alias)
-            munmap(m->region[i].alias, gm_bytes(&m->region[i], m->region[i].pages));
-        gm_userfault_unmap(&m->region[i]);
+        struct gm_region *r = &m->region[i];
+
+        if (r->alias)
+            munmap(r->alias, gm_bytes(r, r->pages));
+        if (r->singles)
+            munmap(r->singles, gm_bytes(r, r->pages));
+        gm_userfault_unmap(r);
     }
     munmap(m->state, m->state->size);
     if (m->state_fd >= 0)
@@ -228,13 +232,13 @@ uint64_t gm_memory_received(const struct gm_memory *m)
     return atomic_load(&m->received);
 }
 
-int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
+static int map_file(const struct gm_region *r, unsigned char *_Atomic *where, struct gm_problem *ret)
 {
     size_t size = gm_bytes(r, r->pages);
     unsigned char *none = NULL;
     void *map;
 
-    if (atomic_load(&r->alias))
+    if (atomic_load(where))
         return 0;
     map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, (off_t)r->offset);
     if (map == MAP_FAILED)
@@ -242,8 +246,26 @@ int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
     /* Guest memory has no place in a core dump. */
     madvise(map, size, MADV_DONTDUMP);
     /* Two lanes may come here at once. */
-    if (!atomic_compare_exchange_strong(&r->alias, &none, map))
+    if (!atomic_compare_exchange_strong(where, &none, map))
         munmap(map, size);
+    return 0;
+}
+
+int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret)
+{
+    return map_file(r, &r->alias, ret);
+}
+
+int gm_region_map(struct gm_region *r, struct gm_problem *ret)
+{
+    if (r->populate != GM_POPULATE_WRITE)
+        return gm_region_map_alias(r, ret);
+    if (!gm_memfile_large_folios(r->fd))
+        return 0;
+    if (map_file(r, &r->singles, ret) < 0)
+        return -1;
+    /* Refused where there are no huge pages at all, and then there is nothing to keep away. */
+    madvise(r->singles, gm_bytes(r, r->pages), MADV_NOHUGEPAGE);
     return 0;
 }
 
@@ -263,9 +285,9 @@ int gm_memory_set_populate(struct gm_memory *m, unsigned region, int populate, s
 {
     struct gm_region *r = &m->region[region];
 
-    if (populate != GM_POPULATE_WRITE && gm_region_map_alias(r, ret) < 0)
-        return -1;
     r->populate = (enum gm_populate)populate;
+    if (gm_region_map(r, ret) < 0)
+        return -1;
     m->state->region[region].populate = (uint32_t)populate;
     return 0;
 }

@@ -145,6 +145,7 @@ struct gm_region {
     uint64_t offset, pages, gpa, hva;
     gm_word *claimed, *received;
     unsigned char *_Atomic alias;
+    unsigned char *_Atomic singles; /* brings in one page at a time, where write() would a large folio; or NULL */
     gm_word *userfault; /* KVM userfault: a set bit makes a vCPU ask; NULL without */
     void *userfault_map;
     size_t userfault_size;
@@ -189,6 +190,9 @@ struct gm_region *gm_memory_find_guest(struct gm_memory *m, uint64_t gpa);
 uint64_t gm_region_clip(const struct gm_region *r, uint64_t start, uint64_t end, uint64_t *first);
 
 int gm_region_map_alias(struct gm_region *r, struct gm_problem *ret);
+
+/* The mappings that its way to populate needs. */
+int gm_region_map(struct gm_region *r, struct gm_problem *ret);
 
 /* Reads bytes of a region, by its alias if it has one. 0 or -errno: nobody dies of a file that was cut short. */
 int gm_region_read(const struct gm_region *r, uint64_t at, size_t length, void *to);

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from native_rig import PAGE, PATIENCE, Far, Guest, RunningPager
+from native_rig import PAGE, PATIENCE, Far, Guest, RunningPager, Way
 
 from gmemd.native.memory import Memory, Populate, Region
 
@@ -27,7 +27,7 @@ class AskingGuest(Guest):
     """`shapes` as for Guest. Its regions' bitmaps lie in one memfd, some bytes apart; `ends` are those of the fault
     socket, the VMM's first."""
 
-    def __init__(self, *shapes: tuple[int, int], vcpus: int = 4, populate: Populate = Populate.WRITE) -> None:
+    def __init__(self, *shapes: tuple[int, int], vcpus: int = 4, populate: Way = Populate.WRITE) -> None:
         super().__init__(*shapes, populate=populate)
         self.ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in self.ends:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import native_frames as frames
 import pytest
@@ -28,6 +28,7 @@ from gmemd.native import check, lib
 from gmemd.native import ffi as native_ffi
 from gmemd.native.destination import Destination, Lane, Pager
 from gmemd.native.memory import Memory, Populate, Region
+from gmemd_tools import tmpfs
 
 PAGE, HUGE = 4096, 2 << 20
 PATIENCE = 10.0 * SLOWER  # seconds; nothing here takes a tenth of it
@@ -39,6 +40,11 @@ EVENT_FAULT, EVENT_REMOVE = 0x12, 0x15
 FEATURE_REMOVE, FEATURE_THREAD_ID = 1 << 3, 1 << 8
 FAULT_MINOR = 1 << 2
 MAP_NORESERVE = 0x4000
+
+# How pages get their content, and into what: write() has a way of its own with large folios.
+LARGE_FOLIOS: Literal["large folios"] = "large folios"
+Way = Populate | Literal["large folios"]
+WAYS: list[Way] = [*Populate, LARGE_FOLIOS]
 
 T = TypeVar("T")
 
@@ -179,7 +185,7 @@ class Guest:
     def __init__(
         self,
         *shapes: tuple[int, int],
-        populate: Populate = Populate.WRITE,
+        populate: Way = Populate.WRITE,
         features: int = 0,
         uffd_each: bool = False,
         files: Sequence[int] | None = None,
@@ -189,7 +195,9 @@ class Guest:
     ) -> None:
         self.shapes = shapes or ((64, PAGE),)
         self._stack = ExitStack()
-        self.files = [self._own(made) for made in files or [new_file(*shape) for shape in self.shapes]]
+        way = populate if isinstance(populate, Populate) else Populate.WRITE
+        make = large_file if populate == LARGE_FOLIOS else new_file
+        self.files = [self._own(made) for made in files or [make(*shape) for shape in self.shapes]]
         flags = mmap.MAP_SHARED | (0 if reserve else MAP_NORESERVE)
         sizes = [pages * size for pages, size in self.shapes]
         self.maps = [self._map(fd, size, flags) for fd, size in zip(self.files, sizes, strict=True)]
@@ -215,7 +223,7 @@ class Guest:
         self.memory = self.new_memory(regions)
         self._stack.callback(self.memory.close)
         for region in range(len(regions)):
-            self.memory.set_populate(region, populate)
+            self.memory.set_populate(region, way)
         if register:
             self.memory.register()
         self.destination = Destination(self.memory, trace=trace)
@@ -313,6 +321,12 @@ class Guest:
 
 def new_file(pages: int, size: int) -> int:
     return check(lib.gm_memfile_memfd, b"test", pages * size, size if size == HUGE else 0)
+
+
+def large_file(pages: int, size: int) -> int:
+    if missing := tmpfs.missing():
+        pytest.skip(missing)
+    return tmpfs.large_folio_file(pages * size)
 
 
 def address_of(made: mmap.mmap) -> int:

@@ -15,10 +15,13 @@ from native_frames import beat, pages, zeros
 from native_inside import Install
 from native_rig import (
     HUGE,
+    LARGE_FOLIOS,
     PAGE,
     STATE_MESSAGES,
+    WAYS,
     Guest,
     Task,
+    Way,
     content,
     huge_pages,
     paged,
@@ -32,7 +35,7 @@ from gmemd.native.memory import Populate
 
 NOT_PUT = "cannot be put in place"
 
-ways = pytest.mark.parametrize("way", list(Populate))
+ways = pytest.mark.parametrize("way", WAYS)
 
 
 def install(guest: Guest, first: int, count: int = 1, lane: int = 1) -> Install:
@@ -44,7 +47,7 @@ def contents(first: int, count: int, version: int = 0) -> bytes:
 
 
 @ways
-def test_the_first_copy_wins(way: Populate) -> None:
+def test_the_first_copy_wins(way: Way) -> None:
     """Invariant 1: what the guest writes into a page stays, on whichever lane the page comes once more."""
     with Guest(populate=way) as guest:
         background, another, urgent = guest.line(1), guest.line(2), guest.line(0)
@@ -61,7 +64,7 @@ def test_the_first_copy_wins(way: Populate) -> None:
 
 
 @ways
-def test_what_is_missing_of_a_frame_is_installed(way: Populate) -> None:
+def test_what_is_missing_of_a_frame_is_installed(way: Way) -> None:
     """A frame whose pages are here in part, in several runs: the rest of it goes to its own places."""
     with Guest(populate=way) as guest:
         line = guest.line()
@@ -74,7 +77,7 @@ def test_what_is_missing_of_a_frame_is_installed(way: Populate) -> None:
 
 
 @ways
-def test_a_page_is_not_seen_before_it_is_whole(way: Populate) -> None:
+def test_a_page_is_not_seen_before_it_is_whole(way: Way) -> None:
     """Invariants 2 and 3, step by step: neither claimed nor populated lets a reader through; finished does."""
     with Guest(populate=way) as guest, paged(guest) as far:
         steps = install(guest, 5)
@@ -92,7 +95,7 @@ def test_a_page_is_not_seen_before_it_is_whole(way: Populate) -> None:
 
 
 @ways
-def test_readers_see_only_whole_pages(way: Populate, rng: random.Random) -> None:
+def test_readers_see_only_whole_pages(way: Way, rng: random.Random) -> None:
     """The same without any order of ours: threads that read ahead of the lane."""
     count = 2048
     with Guest((count, PAGE), populate=way) as guest, paged(guest):
@@ -137,7 +140,7 @@ def test_a_page_that_is_seen_is_marked() -> None:
 
 
 @ways
-def test_a_claim_is_given_back_when_populate_fails(way: Populate) -> None:
+def test_a_claim_is_given_back_when_populate_fails(way: Way) -> None:
     """The pages are missing again, whatever half of them was written; the next copy is installed."""
     with Guest(populate=way) as guest:
         steps = install(guest, 4, 4)
@@ -154,7 +157,7 @@ def test_a_claim_is_given_back_when_populate_fails(way: Populate) -> None:
 
 
 @ways
-def test_only_own_claims_are_given_back(way: Populate) -> None:
+def test_only_own_claims_are_given_back(way: Way) -> None:
     """A frame that fails had not claimed what was here before; that stays as the guest left it."""
     with Guest(populate=way) as guest:
         line = guest.line(2)
@@ -182,7 +185,7 @@ def test_zeros_after_a_failed_populate_are_zeros() -> None:
 
 
 @pytest.mark.parametrize("way", [Populate.COPY, Populate.RECV])
-def test_a_truncated_memory_file_is_the_vmms_fault(way: Populate) -> None:
+def test_a_truncated_memory_file_is_the_vmms_fault(way: Way) -> None:
     """No SIGBUS: the pages are named, the lane lives, and a copy that comes once the file is mended is installed."""
     with Guest(populate=way) as guest:
         line = guest.line()
@@ -209,7 +212,7 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 
 @ways
-def test_a_full_tmpfs_lets_go_on_once_there_is_room(way: Populate, small_tmpfs: Path) -> None:
+def test_a_full_tmpfs_lets_go_on_once_there_is_room(way: Way, small_tmpfs: Path) -> None:
     """ENOSPC in the middle of a frame, of which one page is here: said, given back, kept, and tried again."""
     filler = small_tmpfs / "filler"
     filler.write_bytes(bytes(13 * PAGE))
@@ -252,7 +255,7 @@ def test_a_page_removed_from_a_frame_without_room(small_tmpfs: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [Populate.COPY, Populate.RECV])
-def test_an_empty_huge_page_pool_lets_go_on_once_it_has_some(way: Populate) -> None:
+def test_an_empty_huge_page_pool_lets_go_on_once_it_has_some(way: Way) -> None:
     with huge_pages(1) as pool, Guest((2, HUGE), populate=way, reserve=False) as guest:
         line = guest.line()
         line.feed(pages(0, 0, content(0, size=HUGE), HUGE))
@@ -267,7 +270,7 @@ def test_an_empty_huge_page_pool_lets_go_on_once_it_has_some(way: Populate) -> N
 
 
 @ways
-def test_zero_pages_stay_holes(way: Populate) -> None:
+def test_zero_pages_stay_holes(way: Way) -> None:
     """Nothing is allocated for them, neither when a frame says so nor when the source told it up front."""
     with Guest((256, PAGE), populate=way) as guest:
         guest.line().feed(*(zeros(0, first, 64) for first in (0, 64)))
@@ -315,3 +318,34 @@ def test_complete_is_a_full_bitmap_and_nothing_else() -> None:
         assert guest.memory.received == guest.memory.pages
         line.feed(pages(0, 129, content(129)))
         assert not guest.destination.events().complete
+
+
+def blocks(guest: Guest) -> int:
+    """Pages that its memory file takes up."""
+    return os.fstat(guest.files[0]).st_blocks * 512 // PAGE
+
+
+def test_who_waits_for_a_page_does_not_wait_for_2_mib() -> None:
+    """In large folios, a write() of one page would bring the folio in, and zero it, before the page is there."""
+    with Guest((512, PAGE), populate=LARGE_FOLIOS) as guest, paged(guest) as far:
+        waiting = Task(guest.read, 5)
+        assert far.requested() == (0, 5, 1)
+        far.send(pages(0, 5, content(5)))
+        assert waiting.result() == content(5)
+        guest.line().feed(zeros(0, 300, 1))
+        assert guest.read(300) == bytes(PAGE)
+        assert blocks(guest) == 2
+
+
+def test_what_a_large_folio_brings_along_is_still_missing() -> None:
+    with Guest((512, PAGE), populate=LARGE_FOLIOS) as guest, paged(guest) as far:
+        line = guest.line()
+        line.feed(pages(0, 0, contents(0, 64)))
+        assert blocks(guest) == 512
+        waiting = Task(guest.read, 64)
+        assert far.requested() == (0, 64, 1)
+        assert guest.counter("faults_minor") == 1
+        far.send(pages(0, 64, content(64)))
+        assert waiting.result() == content(64)
+        line.feed(pages(0, 65, contents(65, 64)))
+        assert [guest.read(page) for page in range(64, 129)] == [content(page) for page in range(64, 129)]

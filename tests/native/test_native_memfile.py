@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from native_inside import ffi as inside_ffi
 from native_inside import inside
-from native_rig import HUGE, PAGE, address_of, content, huge_pages, new_file
+from native_rig import HUGE, PAGE, address_of, content, huge_pages, large_file, new_file
 
 from gmemd.errors import HandoffError, KernelError
 from gmemd.native import check, ffi, lib
@@ -93,6 +93,16 @@ def test_a_signal_takes_no_page_away() -> None:
         signal.signal(signal.SIGALRM, before)
         os.close(fd)
     assert signals
+
+
+def test_large_folios_are_told_and_left_alone(memfd: int) -> None:
+    fd = large_file(512, PAGE)
+    try:
+        assert (lib.gm_memfile_large_folios(fd), lib.gm_memfile_large_folios(memfd)) == (1, 0)
+        assert lib.gm_memfile_shown(fd, 0) == 0
+        assert lib.gm_memfile_empty(fd, 0, HUGE) == 1
+    finally:
+        os.close(fd)
 
 
 def test_what_is_no_memory_file_is_refused() -> None:

@@ -14,9 +14,11 @@ from native_rig import (
     FEATURE_REMOVE,
     HUGE,
     PAGE,
+    WAYS,
     Guest,
     Line,
     Task,
+    Way,
     content,
     huge_pages,
     libc,
@@ -35,7 +37,7 @@ pytest_plugins = ["native_races"]
 
 LONG_ENOUGH = 0.02  # seconds in which a thread that does not wait is done
 
-ways = pytest.mark.parametrize("way", list(Populate))
+ways = pytest.mark.parametrize("way", WAYS)
 
 
 def contents(first: int, count: int) -> bytes:
@@ -56,7 +58,7 @@ def balloon(guest: Guest, page: int, count: int = 1) -> None:
 
 
 @ways
-def test_a_missing_page_that_is_removed_is_zero(way: Populate) -> None:
+def test_a_missing_page_that_is_removed_is_zero(way: Way) -> None:
     """Its content comes later, on every lane, and is dropped."""
     with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest) as far:
         balloon(guest, 5, 2)
@@ -68,7 +70,7 @@ def test_a_missing_page_that_is_removed_is_zero(way: Populate) -> None:
 
 
 @ways
-def test_a_received_page_that_is_removed_is_zero(way: Populate) -> None:
+def test_a_received_page_that_is_removed_is_zero(way: Way) -> None:
     with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
         line = guest.line()
         line.feed(pages(0, 5, content(5)))
@@ -108,7 +110,7 @@ STEPS = ["begin", "populate", "end"]
 @ways
 @pytest.mark.parametrize("ending", ["finish", "give up"])
 @pytest.mark.parametrize("removed_before", [*STEPS, "nothing"])
-def test_removed_at_any_step_of_an_install(way: Populate, ending: str, removed_before: str) -> None:
+def test_removed_at_any_step_of_an_install(way: Way, ending: str, removed_before: str) -> None:
     """Of four pages in flight two are removed, before each of the steps: they are zero, and stay so."""
     with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
         steps: Install | None = None
@@ -132,7 +134,7 @@ def test_removed_at_any_step_of_an_install(way: Populate, ending: str, removed_b
 
 @ways
 @pytest.mark.parametrize("removed_before", [*STEPS, "nothing"])
-def test_what_is_removed_in_flight_is_not_compared(way: Populate, removed_before: str) -> None:
+def test_what_is_removed_in_flight_is_not_compared(way: Way, removed_before: str) -> None:
     """It has no content. What was in place before it was removed had one."""
     with Guest(populate=way, features=FEATURE_REMOVE) as guest, paged(guest):
         guest.memory.keep_digests()
@@ -220,7 +222,7 @@ def deflate(guest: Guest, seed: float) -> set[int]:
 
 
 @ways
-def test_removals_and_arrivals_race(way: Populate, rng: random.Random) -> None:
+def test_removals_and_arrivals_race(way: Way, rng: random.Random) -> None:
     """Two lanes, a balloon and a reader at once. Once a removal is done, the page reads as zeros, whatever comes."""
     count, rounds = 1024, 3
     digests = digests_of(range(count))
@@ -272,7 +274,7 @@ def test_removed_just_when_a_lane_begins(races: "Races") -> None:
 
 
 @ways
-def test_what_the_vmm_says_it_discarded_is_zero(way: Populate) -> None:
+def test_what_the_vmm_says_it_discarded_is_zero(way: Way) -> None:
     """No event tells of a hole that the VMM punches itself: it says so, and the same holds."""
     with Guest(populate=way) as guest, paged(guest):
         line = guest.line()
