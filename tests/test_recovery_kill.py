@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gmemd.migrate.tasks import open_tasks
+from gmemd_tools import tmpfs
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.plan import Plan
 from gmemd_tools.demo.processes import empty_store, open_stage
@@ -48,8 +49,14 @@ class Doomed:
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_no_write_is_undone(point: str, kill_points: Path, tmp_path: Path, rng: random.Random) -> None:
+@pytest.mark.parametrize("backing", ["memfd", "tmpfs"])
+async def test_no_write_is_undone(
+    point: str, backing: str, kill_points: Path, tmp_path: Path, rng: random.Random
+) -> None:
+    if backing == "tmpfs" and (missing := tmpfs.missing()):
+        pytest.skip(missing)
     options = machine(rng)
+    options.backing = backing
     options.populate = "write"
     plan = Plan(options, tmp_path, rate=RATE)
     try:

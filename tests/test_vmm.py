@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from vmm_play import PAGE, PATIENCE, Guest, Sockets, Vmm, assert_right
 
+from gmemd_tools import tmpfs
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -102,6 +104,17 @@ def test_a_guest_moves_in_huge_pages(start: Callable[..., Vmm], sockets: Sockets
     moved.destination.expect("first-instruction")
     moved.done()
     assert_right(moved.verify())
+
+
+@pytest.mark.skipif(tmpfs.missing() is not None, reason=str(tmpfs.missing()))
+def test_a_guest_moves_in_large_folios(start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
+    moved = Guest(start, sockets, "--memory", "33M", "--regions", "3", "--backing", "tmpfs", "--guest", guest)
+    moved.move()
+    moved.destination.expect("first-instruction")
+    moved.done()
+    event = moved.verify()
+    assert_right(event)
+    assert event["against_source"] > 0
 
 
 @pytest.mark.usefixtures("require_kvm")

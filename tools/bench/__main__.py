@@ -15,6 +15,7 @@ from gmemd_tools.bench.programs import kvm_missing
 
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 MEMORY = 512 << 20
+NAMES = 68  # the longest title and a space
 NUMBERS = ">12"
 
 
@@ -58,10 +59,10 @@ def _write(path: Path, runs: list[Figures]) -> None:
 
 
 def _print_figures(runs: list[Figures]) -> None:
-    print(f"{'figure':56}{'median':{NUMBERS}}{'least':{NUMBERS}}{'most':{NUMBERS}}")
+    print(f"{'figure':{NAMES}}{'median':{NUMBERS}}{'least':{NUMBERS}}{'most':{NUMBERS}}")
     for name in runs[0]:
         values = [run[name] for run in runs]
-        print(f"{name:56}" + "".join(f"{f(values):{NUMBERS},.6g}" for f in (median, min, max)))
+        print(f"{name:{NAMES}}" + "".join(f"{f(values):{NUMBERS},.6g}" for f in (median, min, max)))
 
 
 def _print_stages(runs: list[Figures]) -> None:
@@ -77,7 +78,7 @@ def _print_stages(runs: list[Figures]) -> None:
 
 def _print_limits(runs: list[Figures]) -> bool:
     """Every ratio beside its limit; whether every limit is kept within the tolerance."""
-    print(f"\n{'ratio':56}{'median':{NUMBERS}}{'least':{NUMBERS}}{'most':{NUMBERS}}{'limit':{NUMBERS}}")
+    print(f"\n{'ratio':{NAMES}}{'median':{NUMBERS}}{'least':{NUMBERS}}{'most':{NUMBERS}}{'limit':{NUMBERS}}")
     kept = True
     for limit in LIMITS:
         ratios = limit.ratios(runs)
@@ -87,7 +88,7 @@ def _print_limits(runs: list[Figures]) -> bool:
         sign = "≥" if limit.at_least else "≤"
         verdict = "" if limit.holds(ratios) else "  missed"
         print(
-            f"{limit.title:56}{median(ratios):{NUMBERS}.3f}{min(ratios):{NUMBERS}.3f}{max(ratios):{NUMBERS}.3f}"
+            f"{limit.title:{NAMES}}{median(ratios):{NUMBERS}.3f}{min(ratios):{NUMBERS}.3f}{max(ratios):{NUMBERS}.3f}"
             f"{f'{sign} {limit.limit}':{NUMBERS}}{verdict}"
         )
     return kept

@@ -22,9 +22,11 @@ static enum backing backing(const char *text)
 {
     if (strcmp(text, "memfd") == 0)
         return BACKING_MEMFD;
+    if (strcmp(text, "tmpfs") == 0)
+        return BACKING_TMPFS;
     if (strcmp(text, "hugetlb") == 0)
         return BACKING_HUGETLB;
-    fail(EX_USAGE, "--backing %s: memfd or hugetlb", text);
+    fail(EX_USAGE, "--backing %s: memfd, tmpfs or hugetlb", text);
 }
 
 static void take(struct arguments *a, char option, const char *name, const char *text)

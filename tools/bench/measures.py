@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 from gmemd.native import check, lib
 from gmemd.native.memory import Populate, native_populate
 from gmemd.stages import SUFFIX, faults, read, summary
+from gmemd_tools import tmpfs
 from gmemd_tools.bench import ours, qemu
-from gmemd_tools.bench.content import PAGE, memory_file
+from gmemd_tools.bench.content import PAGE, memory_file, warm
+from gmemd_tools.bench.limits import LARGE
 from gmemd_tools.bench.link import missing as shaped_missing
 from gmemd_tools.bench.link import shaped
 from gmemd_tools.bench.programs import Result, image, kvm_missing, run
@@ -49,6 +51,7 @@ class Bench:
     content: Path
     memory: int
     daemon: ours.Daemon
+    large: Path | None  # the same content in large folios, where there are such
 
 
 @contextmanager
@@ -57,7 +60,8 @@ def bench(memory: int) -> Iterator[Bench]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="gmemd-bench-")))
         content = stack.enter_context(memory_file(memory))
-        yield Bench(folder, content, memory, stack.enter_context(ours.daemon(folder)))
+        large = None if tmpfs.missing() else stack.enter_context(memory_file(memory, large_folios=True))
+        yield Bench(folder, content, memory, stack.enter_context(ours.daemon(folder)), large)
 
 
 def floor(b: Bench) -> Figures:
@@ -65,6 +69,7 @@ def floor(b: Bench) -> Figures:
     figures: Figures = {}
     for threads in FLOOR_THREADS:
         for name, how in ("polling", ()), ("sleeping", ("--sleep",)):
+            warm(IDLE_MEMORY)
             told = run("floor", "--memory", IDLE_MEMORY, "--source", b.content, "--random", "--touches", FAULTS,
                        "--threads", threads, *how)  # fmt: skip
             figures |= _waits(f"floor {name}, {threads} threads", told)
@@ -102,6 +107,20 @@ def peer(b: Bench) -> Figures:
     for pattern in PATTERNS:
         told = qemu.move(b.folder, b.memory, random=pattern == "random")
         figures |= _of_qemu(f"QEMU {pattern}", told)
+    return figures
+
+
+def large_folios(b: Bench) -> Figures:
+    """What `busy` and `lanes` measure, of memory files in large folios at both ends."""
+    figures: Figures = {}
+    if not b.large:
+        return figures
+    backing = "--backing", "tmpfs"
+    for pattern in PATTERNS:
+        for guest, how in _guests(b, pattern).items():
+            figures |= _whole(f"busy {pattern}{guest}{LARGE}", b.daemon.move(b.large, b.memory, *how, *backing))
+    for count in LANES:
+        figures |= _lanes(b, count, b.large, LARGE, *backing)
     return figures
 
 
@@ -181,11 +200,7 @@ def lanes(b: Bench) -> Figures:
     """The background alone, beside plain streams."""
     figures: Figures = {}
     for count in LANES:
-        plain = run("stream", "--memory", b.memory, "--source", b.content, "--threads", count)
-        figures |= _throughput(f"stream of {count}", b.memory, plain["duration_us"] / 1e6, plain)
-        told = b.daemon.move(b.content, b.memory, "--touches", 1, source=("--lanes", count))
-        told["destination_cpu_s"] = told["daemon_cpu_s"]
-        figures |= _throughput(f"{count} lanes", b.memory, told["daemon"]["running_s"], told)
+        figures |= _lanes(b, count, b.content)
     return figures
 
 
@@ -240,6 +255,7 @@ MEASURES: dict[str, Callable[[Bench], Figures]] = {
     "qemu": peer,
     "thinking": thinking,
     "lanes": lanes,
+    "folios": large_folios,
     "stages": stages,
     "ahead": ahead,
     "link": link,
@@ -259,6 +275,17 @@ def _guests(b: Bench, pattern: str, think_ns: int = 0) -> dict[str, tuple[object
     if not kvm_missing():
         guests[VCPU] = "--vcpu", image("binary", b.memory // PAGE, random=pattern == "random", think_ns=think_ns)
     return guests
+
+
+def _lanes(b: Bench, count: int, content: Path, kind: str = "", *backing: object) -> Figures:
+    """So many lanes that carry `content` to memory of one kind, beside as many plain streams."""
+    warm(b.memory)
+    plain = run("stream", "--memory", b.memory, "--source", content, "--threads", count, *backing)
+    told = b.daemon.move(content, b.memory, "--touches", 1, *backing, source=("--lanes", count))
+    told["destination_cpu_s"] = told["daemon_cpu_s"]
+    return _throughput(f"stream of {count}{kind}", b.memory, plain["duration_us"] / 1e6, plain) | _throughput(
+        f"{count} lanes{kind}", b.memory, told["daemon"]["running_s"], told
+    )
 
 
 def _whole(name: str, told: Result) -> Figures:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gmemd.status import ask
+from gmemd_tools.bench.content import warm
 from gmemd_tools.bench.link import Link
 from gmemd_tools.bench.programs import PATIENCE, ProgramError, Result, program
 
 BIN = Path(sys.executable).parent
+MOST_USED = 1 << 30  # by a guest of ours, however large it is
 LOOK_S = 0.5  # between two looks at a sender, while its guest says nothing
 
 
@@ -51,6 +53,7 @@ class Daemon:
     ) -> Result:
         """Moves a guest of `memory` bytes that touches as `guest` says; what guest, sender and daemon have to tell. Not
         `whole`: until the guest has made its touches, and no further."""
+        warm(min(memory, MOST_USED))
         self._migrations += 1
         name = f"bench-{self._migrations}"
         toucher = _Guest(self._socket, name, memory, *guest)

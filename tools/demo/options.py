@@ -13,7 +13,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--memory", metavar="SIZE", help="guest memory (1G, or an eighth of what is free)")
     command.add_argument("--vcpus", type=int, default=2, metavar="N", help="1 to 8 (2)")
     command.add_argument("--regions", type=int, default=1, metavar="N", help="pieces that guest memory is cut into (1)")
-    command.add_argument("--backing", choices=("memfd", "hugetlb", "guest_memfd", "mixed"), default="memfd")
+    command.add_argument("--backing", choices=("memfd", "tmpfs", "hugetlb", "guest_memfd", "mixed"), default="memfd")
     command.add_argument(
         "--slot",
         choices=("plain", "guest_memfd"),

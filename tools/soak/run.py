@@ -18,6 +18,7 @@ import trio
 from gmemd import status
 from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
+from gmemd_tools import tmpfs
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.options import usual
 from gmemd_tools.demo.plan import MIGRATION, Plan
@@ -79,7 +80,7 @@ def machine(rng: random.Random) -> argparse.Namespace:
         memory=f"{MEMORY_MIB}M",
         vcpus=rng.randint(1, 2),
         regions=rng.choice((1, 1, 3)),
-        backing="memfd",
+        backing=rng.choice(("memfd", "tmpfs")) if not tmpfs.missing() else "memfd",
         guest=rng.choice(("auto", "auto", "threads")),
         pattern=rng.choice(("random", "sequential", "hotset")),
         lanes=rng.randint(1, 3),

@@ -13,6 +13,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
 
 #include "base.h"
 #include "uapi.h"
@@ -74,6 +76,13 @@ static void plan_files(struct memory *memory)
     }
 }
 
+static void set_size(int file, uint64_t size)
+{
+    if (ftruncate(file, (off_t)size) < 0)
+        fail(EX_OSERR, "a memory file of %llu bytes: %s", (unsigned long long)size,
+             strerror(errno));
+}
+
 /* A size that is sealed spares the daemon the fear of SIGBUS. */
 static int create_memfd(uint64_t size, bool huge)
 {
@@ -83,11 +92,30 @@ static int create_memfd(uint64_t size, bool huge)
     if (file < 0)
         fail(EX_UNAVAILABLE, "memfd_create of %s memory: %s", huge ? "2 MiB hugetlb" : "plain",
              strerror(errno));
-    if (ftruncate(file, (off_t)size) < 0)
-        fail(EX_OSERR, "a memory file of %llu bytes: %s", (unsigned long long)size,
-             strerror(errno));
+    set_size(file, size);
     if (fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
         fail(EX_OSERR, "sealing the size of a memory file: %s", strerror(errno));
+    return file;
+}
+
+/* On a filesystem of its own, mounted nowhere, which ends with the file. Its mount option decides about folios, not the host. */
+static int create_tmpfs_file(uint64_t size)
+{
+    CLEANUP_CLOSE int context = fsopen("tmpfs", FSOPEN_CLOEXEC);
+    CLEANUP_CLOSE int mount = -1;
+    int file;
+
+    if (context >= 0 && fsconfig(context, FSCONFIG_SET_STRING, "huge", "within_size", 0) == 0 &&
+        fsconfig(context, FSCONFIG_SET_STRING, "size", "0", 0) == 0 && /* no limit */
+        fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) == 0)
+        mount = fsmount(context, FSMOUNT_CLOEXEC, 0);
+    if (mount < 0)
+        fail(EX_UNAVAILABLE, "a tmpfs with huge=within_size: %s: it takes root, and a kernel with "
+             "transparent huge pages; or use --backing memfd", strerror(errno));
+    file = openat(mount, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
+    if (file < 0)
+        fail(EX_OSERR, "a file on a tmpfs: %s", strerror(errno));
+    set_size(file, size);
     return file;
 }
 
@@ -122,6 +150,8 @@ static int create_file(const struct options *options, enum backing backing, uint
 {
     if (backing == BACKING_GUEST_MEMFD)
         return create_guest_memfd(options, size, vm);
+    if (backing == BACKING_TMPFS)
+        return create_tmpfs_file(size);
     return create_memfd(size, backing == BACKING_HUGETLB);
 }
 

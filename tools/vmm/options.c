@@ -16,7 +16,8 @@ static const char HELP[] =
     "  --memory SIZE       guest memory, as 512M or 1G (256M)\n"
     "  --vcpus N           1 to 8 (1)\n"
     "  --regions N         pieces that guest memory consists of, 1 to 64 (1)\n"
-    "  --backing KIND      memfd, hugetlb, guest_memfd, or mixed: half of it hugetlb (memfd)\n"
+    "  --backing KIND      memfd, tmpfs (with large folios), hugetlb, guest_memfd, or mixed: half of it\n"
+  "                      hugetlb (memfd)\n"
     "  --guest KIND        kvm, threads, or auto: kvm where /dev/kvm opens (auto)\n"
     "  --slot KIND         plain: KVM goes through the mapping; guest_memfd: it takes pages from\n"
     "                      the file, and a destination's vCPUs ask by KVM userfault (plain)\n"
@@ -41,7 +42,7 @@ static const char HELP[] =
     "GMEMD_VMM_NICE=N in the environment is the niceness of vCPUs.\n";
 
 static const char *const GUEST_NAMES[] = {"kvm", "threads"};
-static const char *const BACKING_NAMES[] = {"memfd", "hugetlb", "guest_memfd", "mixed"};
+static const char *const BACKING_NAMES[] = {"memfd", "tmpfs", "hugetlb", "guest_memfd", "mixed"};
 static const char *const SLOT_NAMES[] = {"plain", "guest_memfd"};
 static const char *const PATTERN_NAMES[] = {"sequential", "random", "strided", "hotset"};
 
@@ -104,7 +105,7 @@ static void parse_machine(struct options *options, const char *name, const char 
     else if (strcmp(name, "regions") == 0)
         options->regions = (unsigned)parse_number(name, value, 1, OPTIONS_REGIONS);
     else if (strcmp(name, "backing") == 0)
-        options->backing = parse_name(name, value, BACKING_NAMES, 4);
+        options->backing = parse_name(name, value, BACKING_NAMES, 5);
     else if (strcmp(name, "guest") == 0)
         options->guest = parse_guest(value);
     else if (strcmp(name, "slot") == 0)

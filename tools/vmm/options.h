@@ -6,7 +6,8 @@
 /* The most that one datagram of the hand-off has to describe, and the daemon has to watch. */
 enum { OPTIONS_REGIONS = 64 };
 
-enum backing { BACKING_MEMFD, BACKING_HUGETLB, BACKING_GUEST_MEMFD, BACKING_MIXED };
+/* TMPFS is one that brings memory in as large folios. */
+enum backing { BACKING_MEMFD, BACKING_TMPFS, BACKING_HUGETLB, BACKING_GUEST_MEMFD, BACKING_MIXED };
 /* What KVM takes pages from: the mapping, or the guest_memfd itself. */
 enum slot { SLOT_PLAIN, SLOT_GUEST_MEMFD };
 enum guest_kind { GUEST_KVM, GUEST_THREADS };
