@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from gmemd.examples import epilog
 from gmemd.keeping import guests_are_kept
 
 Command = Callable[[argparse.Namespace], int]
-INTERRUPTED = 130  # as shells do: 128 + SIGINT
-UNHEARD = 141  # 128 + SIGPIPE
+TOLD = 128  # as shells do: and the signal that told it to end
+INTERRUPTED = TOLD + signal.SIGINT
+UNHEARD = TOLD + signal.SIGPIPE
 
 
 class Help(argparse.HelpFormatter):

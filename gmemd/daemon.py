@@ -3,7 +3,6 @@
 import grp
 import logging
 import os
-import signal
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.sources import SourceConnections
+from gmemd.stopping import until_told
 from gmemd.stranded import hold
 from gmemd.vmms import HANDING_OFF, OF_ONE_USER, Shared, VmmConnection
 from gmemd.watchdog import watch
@@ -35,13 +35,12 @@ STATUS_SECONDS = 1.0
 # Callers on the status socket at a time: in all, and of one user.
 ASKERS, ASKERS_OF_USER = 64, 16
 PAGER_THREAD = "gmemd-pager"  # as top -H shows it: at most 15 characters
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Serve = Callable[[trio.socket.SocketType], Awaitable[None]]
 
 
 class Daemon:
-    """One daemon. `run` returns when it was told to stop."""
+    """One daemon."""
 
     def __init__(self, config: Config, fd_store: Path | None = None) -> None:
         network, paging = config.network, config.paging
@@ -82,18 +81,18 @@ class Daemon:
         self._connections: trio.Nursery
 
     async def run(self) -> None:
-        """Serves until one of STOPPING."""
+        """Serves until it is told to stop."""
         listeners = self._listeners()
         for record in take_ends(self._handed):
             self._remember(record)
         kept, stranded = sort_out(self._handed, self.shared.store)
         self.registry.listen = _name(listeners[1][0])
         self.sources.admission = admission.for_listener(self.config, listeners[1][0].getsockname()[0])
-        async with trio.open_nursery() as outer:
-            outer.start_soon(self._run_pager)
-            try:
-                # Before we are ready: from then on, a signal means a clean end.
-                with trio.open_signal_receiver(*STOPPING) as signals:
+        # Before we are ready: from then on, a signal means a clean end.
+        with until_told():
+            async with trio.open_nursery() as outer:
+                outer.start_soon(self._run_pager)
+                try:
                     async with trio.open_nursery() as self._connections:
                         for migration in kept:
                             await self._connections.start(self._resume, migration)
@@ -106,11 +105,9 @@ class Daemon:
                             self._connections.start_soon(watch, self.pager, self.notifier, self._watchdog)
                         self.notifier.ready()
                         log.info("ready, sources come to %s", self.registry.listen)
-                        log.info("%s: stopping", signal.Signals(await anext(signals)).name)
-                        self._connections.cancel_scope.cancel()
-            finally:
-                self.notifier.stopping()
-                self.pager.stop()
+                finally:
+                    self.notifier.stopping()
+                    self.pager.stop()
         self.pager.close()
 
     def _remember(self, record: bytes) -> None:

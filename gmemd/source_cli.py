@@ -22,6 +22,7 @@ from gmemd.native import keep_secret
 from gmemd.native.memory import Verdict
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
+from gmemd.stopping import until_told
 
 MAX_AHEAD = 63  # one frame, with the page that was asked for
 DEFAULT_LANES = 2  # the second keeps a second core of the source busy
@@ -185,6 +186,14 @@ def _to(options: argparse.Namespace) -> Destination:
     )
 
 
+async def _send_until_told(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict] | int:
+    """How it went, or the exit code of one that was told to stop."""
+    with until_told() as told:
+        return await _send(options)
+    assert told.by
+    return cli.TOLD + told.by
+
+
 async def _send(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
     to = _to(options)
     try:
@@ -259,7 +268,10 @@ def _comparison(migration: OutgoingMigration) -> dict[str, int | bool]:
 def send(options: argparse.Namespace) -> int:
     log.set_up(logging.INFO if options.verbose else logging.WARNING)
     keep_secret()
-    summary, verdict = trio.run(_send, options)
+    result = trio.run(_send_until_told, options)
+    if isinstance(result, int):
+        return result
+    summary, verdict = result
     if options.json:
         print(json.dumps(summary))
     if verdict.mismatches:

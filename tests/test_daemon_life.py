@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
 from support.rawsource import RawSource
@@ -25,6 +26,7 @@ from support.vmm import PAGE, Vmm
 from gmemd.daemon import isolated
 from gmemd.errors import LinkError
 from gmemd.migrate import wire
+from gmemd.stopping import STOPPING
 
 pytest_plugins = ["support.daemon_fixtures"]
 
@@ -191,6 +193,24 @@ def test_it_stops_when_told(tmp_path: Path, content: bytes, number: signal.Signa
                 sock.connect(str(address))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", daemon.port))
+
+
+def test_it_finishes_its_clean_up_when_told_again(tmp_path: Path) -> None:
+    """Its source has not heard yet that all is complete, which it is given a second for."""
+    with DaemonProcess(tmp_path) as daemon, Vmm(PAGE) as vmm, RawSource(daemon.port, "m", [[0, 1, 12]]) as source:
+        vmm.hand_off(daemon.socket, "m")
+        source.join().switch()
+        vmm.expect("ready")
+        source.background.socket.sendall(frame(PAGES, 0, 0, 1, b"x" * PAGE))
+        source.control.expect(wire.Complete)
+        daemon.tell_to_stop()
+        eventually(lambda: "SIGTERM: stopping" in daemon.log.read_text())
+        while daemon.process.poll() is None:
+            for number in STOPPING:
+                daemon.process.send_signal(number)
+        assert daemon.process.returncode == 0
+        assert daemon.log.read_text().count("stopping") == 1
+        eventually(lambda: "STOPPING=1" in daemon.manager.told)
 
 
 def test_it_stops_when_told_as_soon_as_it_is_ready(tmp_path: Path) -> None:

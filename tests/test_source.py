@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from support.source import SourceProcess, guest_content
 from support.sourcevmm import SourceVmm
 from support.vmm import PAGE
 
+from gmemd import stages
 from gmemd.errors import LinkError
 from gmemd.migrate import wire
 from gmemd.migrate.pagelanes import FIRST_PAUSE, JITTER, LONGEST_PAUSE
@@ -325,6 +327,23 @@ def test_a_silent_destination_is_left(destination: RawDestination, vmm: SourceVm
     with pytest.raises(LinkError):
         destination.control.receive()
     assert destination.join(epoch=2, switched=True).epoch == 1
+
+
+def test_it_ends_in_its_own_time_when_told_to_stop(
+    destination: RawDestination, vmm: SourceVmm, content: bytes, tmp_path: Path
+) -> None:
+    """And writes down what it has."""
+    options = ("--lanes", "1", "--stages", str(tmp_path / "stages"))
+    with SourceProcess(destination.port, "m", "--vmm", vmm.path, options=options) as source:
+        vmm.hand_over("m")
+        destination.join()
+        vmm.pause()
+        destination.take_switch()
+        assert destination.ask(7) == content[7 * PAGE : 8 * PAGE]
+        source.process.send_signal(signal.SIGTERM)
+        assert source.result() == (128 + signal.SIGTERM, {}, "")
+        assert vmm.receive() == {}
+    assert 7 in {page for *_, page in stages.read([tmp_path / "stages"])}
 
 
 def test_memory_that_goes_away(destination: RawDestination, vmm: SourceVmm) -> None:

@@ -26,9 +26,11 @@ listen = "127.0.0.1:0"
 """
 
 
-# Becomes a daemon, with the descriptors whose numbers come first as 3, 4, ….
+# Becomes a daemon, with the descriptors whose numbers come first as 3, 4, …. It heeds signals that who runs us may not.
 HAND_IN = """
-import fcntl, os, sys
+import fcntl, os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 at = sys.argv.index("--config")
 for place, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1:at]], 3):
     os.dup2(fd, place)
