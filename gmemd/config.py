@@ -249,7 +249,7 @@ class Paging:
     """How pages get into memory. `poll_us` in microseconds; 0 `lane_threads` is one per CPU."""
 
     populate: Annotated[Literal["auto", "write", "recv", "copy"], choice("auto", "write", "recv", "copy")] = "auto"
-    poll_us: Annotated[int, whole(0, 1000)] = 50  # waking a thread takes less than a millisecond
+    poll_us: Annotated[int, whole(0, 1000)] = 100  # waking a thread takes less than a millisecond
     lane_threads: Annotated[int, whole(0, 256)] = 0
     checksum: Annotated[bool, FLAG] = True
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,13 @@ from gmemd.sending import FileGuest, SendingGuest, VmmGuest
 from gmemd.stopping import until_told
 
 MAX_AHEAD = 63  # one frame, with the page that was asked for
-DEFAULT_LANES = 2  # the second keeps a second core of the source busy
+MOST_USUAL_LANES = 2
+USUAL_LANES = f"one for two CPUs, at most {MOST_USUAL_LANES}"
+
+
+def usual_lanes() -> int:
+    """Each keeps about a CPU busy at either end, and faults and the guest want some, too."""
+    return min(MOST_USUAL_LANES, max(1, (os.cpu_count() or 1) // 2))
 
 
 def address(text: str) -> int:
@@ -46,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--file", type=Path, metavar="PATH", help="a memory file, whole, as one region")
     top.add_argument("--gpa", type=address, default=0, metavar="N", help="guest physical address of --file (0)")
     top.add_argument(
-        "--lanes", type=int, default=DEFAULT_LANES, metavar="N", help=f"background connections ({DEFAULT_LANES})"
+        "--lanes", type=int, default=usual_lanes(), metavar="N", help=f"background connections ({USUAL_LANES})"
     )
     top.add_argument(
         "--rate",
@@ -95,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         "--stages", type=Path, metavar="FILE", help="write down when each of the latest faults was answered"
     )
     top.add_argument(
-        "--poll-us", type=int, default=50, metavar="N", help="poll this long before sleeping, in µs (50; 0 never)"
+        "--poll-us", type=int, default=100, metavar="N", help="poll this long before sleeping, in µs (100; 0 never)"
     )
     top.add_argument(
         "--patience",

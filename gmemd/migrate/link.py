@@ -32,7 +32,7 @@ class LinkSettings:
     dead_after: float = 1.0
     handshake_timeout: float = 10.0
     checksum: bool = True
-    poll_us: int = 50
+    poll_us: int = 100
     ahead: int = 16
 
 

@@ -213,7 +213,7 @@ def tls(b: Bench) -> Figures:
     shown = tuple(f"--{name}={path}" for name, path in files.items())
     with ours.daemon(b.folder / "tls", settings) as guarded:
         for name, daemon, source in ("plain", b.daemon, ()), ("TLS", guarded, shown):
-            told = daemon.move(b.content, b.memory, "--touches", 1, source=source)
+            told = daemon.move(b.content, b.memory, "--touches", 1, source=("--lanes", 2, *source))
             told["destination_cpu_s"] = told["daemon_cpu_s"]
             figures |= _throughput(f"{name}, 2 lanes", b.memory, told["daemon"]["running_s"], told)
             quiet = ("--no-background", *source)

@@ -3,6 +3,7 @@
 import argparse
 
 from gmemd.errors import UsageError
+from gmemd.source_cli import USUAL_LANES, usual_lanes
 from gmemd_tools.demo.inject import KINDS
 
 PATTERNS = ("sequential", "random", "strided", "hotset")
@@ -25,7 +26,9 @@ def add(command: argparse.ArgumentParser) -> None:
         "--prefault", action="store_true", help="have vCPUs that asked for a page map what is there behind it"
     )
     command.add_argument("--pattern", choices=PATTERNS, default="random", help="how the guest picks pages (random)")
-    command.add_argument("--lanes", type=int, default=2, metavar="N", help="background connections (2)")
+    command.add_argument(
+        "--lanes", type=int, default=usual_lanes(), metavar="N", help=f"background connections ({USUAL_LANES})"
+    )
     command.add_argument("--populate", choices=("auto", "write", "recv", "copy"), default="auto")
     command.add_argument("--verify", action="store_true", help="both ends compare what every page had when it came")
     command.add_argument("--tls", action="store_true", help="with TLS, between throw-away certificates")
