@@ -60,7 +60,7 @@ class Daemon:
         self._holder: socket.socket | None = None
         store = self.notifier
         if fd_store:
-            self._holder, kept = holder.take_back(fd_store)
+            self._holder, kept = holder.take_back(fd_store, alone=True)
             self._handed |= kept
             store = notify.Notifier(str(fd_store))
         self.shared = Shared(

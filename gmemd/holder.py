@@ -3,12 +3,14 @@ systemd.
 
 It takes the same datagrams as the service manager (FDSTORE=1, FDSTOREREMOVE=1, FDNAME=), on a socket at a path, and
 one more: FDLIST=1 comes with a socket, over which it hands everything back, and which stays open as long as the daemon
-lives. It ends when there is neither a daemon nor anything to keep.
+lives. With ALONE=1 it does so only when no other daemon lives: two would both serve the guests, and undo their writes.
+It ends when there is neither a daemon nor anything to keep.
 """
 
 import contextlib
 import os
 import resource
+import select
 import selectors
 import socket
 import subprocess
@@ -23,6 +25,7 @@ NOFILE = resource.RLIMIT_NOFILE
 MAX_DATAGRAM = 4096
 MAX_DESCRIPTORS = 253  # the kernel's limit of one message
 END = b"FDEND=1"
+TAKEN = b"FDTAKEN=1"
 ANSWER_SECONDS = 5.0
 # How a migration ended is kept for a source that may still ask; without a daemon, only so long.
 LINGER_SECONDS = 60.0
@@ -67,8 +70,13 @@ class Holder:
         if "FDSTORE" in fields and name:
             self._kept.setdefault(name, []).extend(fds)
         elif "FDLIST" in fields and fds:
-            self._give_back(socket.socket(fileno=fds.pop(0)))
+            daemon = socket.socket(fileno=fds.pop(0))
             _close(fds)
+            if "ALONE" in fields and not all(map(_has_ended, self._daemons)):
+                with daemon, contextlib.suppress(OSError):
+                    daemon.send(TAKEN)
+            else:
+                self._give_back(daemon)
         else:
             _close(fds)
             if "FDSTOREREMOVE" in fields:
@@ -90,6 +98,13 @@ class Holder:
         daemon.close()
 
 
+def _has_ended(daemon: socket.socket) -> bool:
+    """One that lives says nothing more; the hang-up of another may not have been looked at yet."""
+    hangs_up = select.poll()  # its number may be too large for select()
+    hangs_up.register(daemon, select.POLLIN)
+    return bool(hangs_up.poll(0))
+
+
 def _lost(came: int) -> str:
     return f"only {came} descriptors came, others were lost: no more than {resource.getrlimit(NOFILE)[0]} may be open"
 
@@ -99,9 +114,9 @@ def _close(fds: list[int]) -> None:
         os.close(fds.pop())
 
 
-def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
+def take_back(path: Path, *, alone: bool = False) -> tuple[socket.socket, dict[str, list[int]]]:
     """What the holder at `path` keeps, by name, and the socket that tells it that we live. Starts a holder if there is
-    none."""
+    none. `alone`: as its daemon, of which there is one at a time."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
         try:
@@ -110,7 +125,7 @@ def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
             except (FileNotFoundError, ConnectionRefusedError):
                 _start(path)
                 out.connect(str(path))
-            socket.send_fds(out, [b"FDLIST=1"], [theirs.fileno()])
+            socket.send_fds(out, [b"FDLIST=1\nALONE=1" if alone else b"FDLIST=1"], [theirs.fileno()])
         except OSError as error:
             ours.close()
             raise UnavailableError(f"{path}: no holder of descriptors: {reason(error)}") from None
@@ -123,7 +138,7 @@ def take_back(path: Path) -> tuple[socket.socket, dict[str, list[int]]]:
         raise UnavailableError(f"{path}: the holder of descriptors does not answer: {reason(error)}") from None
     except UnavailableError as error:
         _let_go(ours, kept)
-        raise UnavailableError(f"{path}: {error}; the holder keeps them all: ulimit -n") from None
+        raise UnavailableError(f"{path}: {error}") from None
     return ours, kept
 
 
@@ -131,7 +146,9 @@ def _receive(holder: socket.socket, kept: dict[str, list[int]]) -> None:
     while True:
         data, fds, flags, _ = socket.recv_fds(holder, MAX_DATAGRAM, MAX_DESCRIPTORS)
         if flags & socket.MSG_CTRUNC:
-            raise UnavailableError(_lost(len(fds)))
+            raise UnavailableError(f"{_lost(len(fds))}; the holder keeps them all: ulimit -n")
+        if data == TAKEN:
+            raise UnavailableError("the daemon that has this --fd-store still lives")
         if not data or data == END:
             return
         kept.setdefault(data.decode().partition("=")[2], []).extend(fds)

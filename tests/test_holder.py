@@ -49,6 +49,18 @@ def end(path: Path) -> None:
     assert len(kept["many"]) == KEPT
 
 
+def test_one_daemon_at_a_time(tmp_path: Path) -> None:
+    path = holder(tmp_path / "holder")
+    for _ in range(20):  # the one before has hung up, whether or not the holder has looked
+        first, kept = take_back(path, alone=True)
+        with first:
+            for fd in kept["many"]:
+                os.close(fd)
+            with pytest.raises(UnavailableError, match="the daemon that has this --fd-store still lives"):
+                take_back(path, alone=True)
+    end(path)
+
+
 def test_where_no_holder_can_be(tmp_path: Path) -> None:
     """What an operator has put there by mistake stays."""
     (tmp_path / "file").write_text("precious")
