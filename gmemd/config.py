@@ -205,6 +205,10 @@ class Daemon:
     socket_group: Annotated[str, TEXT] = ""
     metrics: Annotated[Path | Address | None, NEAR] = None
 
+    def __post_init__(self) -> None:
+        if self.status_socket == self.socket or self.metrics in (self.socket, self.status_socket):
+            raise ValueError("socket, status_socket and metrics: each needs a path of its own")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:

@@ -77,6 +77,8 @@ MISTAKES = {
     "vmms = 1": "vmms: must be a table, [vmms]",
     '[vmms]\n"web-*" = "vmm"': '[vmms] web-* = "vmm": must be a list of names, such as',
     '[tls]\ncertificate = "/c.pem"': "[tls] certificate, key and ca go together",
+    '[daemon]\nsocket = "/run/gmemd/status.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
+    '[daemon]\nmetrics = "/run/gmemd/gmemd.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
     '[tls]\npeers = "src"': '[tls] peers = "src": must be a list of names, such as',
     '[network]\ntls = "no"': '[network] tls = "no": must be one of auto, require, off',
     '[vmms]\n"a/b" = ["vmm"]': '[vmms] a/b = ["vmm"]: must be the name of a migration, with *',
