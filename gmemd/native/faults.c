@@ -76,8 +76,8 @@ static void continue_wait(struct gm_port *port, struct gm_region *r, uint64_t pa
     if (error == -EAGAIN) {
         port->again = true;
     } else if (error && error != -ENOENT && error != -ESRCH) {
-        gm_blame(&problem, GM_KERNEL, -error, "region %u: page %llu is in place and cannot be mapped", r->index,
-                 (unsigned long long)page);
+        gm_blame(&problem, error == -EFAULT || error == -EINVAL ? GM_VMM : GM_KERNEL, -error,
+                 "region %u: page %llu is in place and cannot be mapped", r->index, (unsigned long long)page);
         gm_destination_tell(d, GM_EVENT_STUCK, &problem);
     }
 }

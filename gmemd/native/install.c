@@ -36,7 +36,8 @@
 #include <stdatomic.h>
 #include <sys/stat.h>
 
-/* A hole is made present and mapped in two steps, and the VMM may take the page out in between; then again, but not for ever. */
+/* A hole is made present and mapped in two steps, and the VMM may take the page out in between; then again, but not for ever: a VMM that has
+ * mapped another file than it handed over never sees it. */
 enum { HOLE_ATTEMPTS = 8 };
 
 static void wait_for_events(const struct gm_destination *d)
@@ -275,6 +276,7 @@ bool gm_install_give_up(struct gm_install *in)
 int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
                     struct gm_problem *ret)
 {
+    /* Without a slot: a removal that comes meanwhile is noted nowhere, and makes zero what is zero at the source, too. */
     uint64_t missing = gm_bitmap_claim(r->claimed, first, count), pages = 0;
     struct gm_digest_frame digests;
     int error = 0;
@@ -369,8 +371,6 @@ int gm_install_continue(struct gm_destination *d, struct gm_region *r, uint64_t 
             error = absent ? absent : -EFAULT;
         }
     }
-    if (error == -EFAULT)
-        error = -EAGAIN;
     vmm_gone(d, error);
     if (!error || error == -ENOENT || error == -ESRCH)
         gm_destination_end_waits(d, r, page, 1);

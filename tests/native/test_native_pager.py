@@ -31,7 +31,7 @@ from native_rig import (
 from gmemd.errors import HandoffError, KernelError, LinkError, ProtocolError
 from gmemd.native import ffi, lib
 from gmemd.native.destination import Destination, Lane
-from gmemd.native.memory import Memory, Populate
+from gmemd.native.memory import Memory, Populate, Region
 
 IDLE_SECONDS = 0.5
 RECORD = struct.Struct("<QQIHH")  # time, page, thread, region, flags
@@ -271,6 +271,28 @@ def test_beats_are_sent_and_heard() -> None:
             assert far.frame().kind == REQUEST
             far.send(pages(0, 1, content(1)))
             reader.result()
+
+
+class Mistaken(Guest):
+    """Its VMM has mixed up two memory files: what is put in place never shows where it is waited for."""
+
+    def new_memory(self, regions: list[Region]) -> Memory:
+        return Memory("test", regions, self.files[::-1], self.uffds)
+
+
+def test_a_page_that_does_not_show_where_it_is_waited_for() -> None:
+    """That is said, and costs nothing: the pager does not try for ever."""
+    with Mistaken((8, PAGE), (8, PAGE)) as guest, RunningPager() as running, running.serving(guest) as far:
+        Task(guest.read, 5)
+        assert far.requested() == (0, 5, 1)
+        far.send(pages(0, 5, content(5)))
+        problem = told(guest.destination, "stuck")
+        assert isinstance(problem, HandoffError)
+        assert str(problem) == "region 0: page 5 is in place and cannot be mapped: Bad address"
+        assert [wait.page for wait in guest.destination.waits()] == [5]
+        before = running.pager.turns
+        time.sleep(0.1)
+        assert running.pager.turns - before < 10
 
 
 def test_a_lane_for_a_migration_that_the_pager_does_not_know() -> None:
