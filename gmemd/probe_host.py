@@ -32,6 +32,7 @@ SO_PEERPIDFD = 77
 
 SPARSE_MEMORY = 1 << 40  # bytes: a guest larger than that is rare
 FIRST_NICE = -15  # what native/precedence.c asks for
+LARGE_FOLIO = 2 << 20
 OPEN_FILES = 1024  # 16 migrations whose VMMs hand over the most descriptors that one message holds, 64
 SOCKET_BUFFER = 4 << 20  # bytes: 25 Gbit/s with a round trip of 1.3 ms
 CLEAR_OF_LSM = ("", "unconfined", "kernel")
@@ -162,6 +163,17 @@ def sparse_memory() -> Finding:
     finally:
         os.close(fd)
     return Finding(True, SPARSE_MEMORY)
+
+
+def large_folios() -> Finding:
+    """`value`: bytes that a write() of one page brings into a new memfd."""
+    fd = os.memfd_create("gmemd-probe", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, LARGE_FOLIO)
+        brought = os.fstat(fd).st_blksize
+    finally:
+        os.close(fd)
+    return Finding(brought > mmap.PAGESIZE, brought, "bytes that one write() brings into a memfd")
 
 
 def available_memory() -> Finding:

@@ -187,6 +187,13 @@ HOST = [
         "what gmemd writes counts as its own memory: a guest beyond the limit gets it killed",
         "no MemoryMax= for gmemd.service and the slices above it",
     ),
+    Check(
+        "limits.large_folios",
+        host.large_folios,
+        "filling memory takes the destination's CPUs about twice as long; a file on a tmpfs has a setting of its own",
+        "a tmpfs mounted with huge=within_size for guest memory; or, for memfds, "
+        "echo within_size >/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    ),
     Check("limits.available_memory", host.available_memory, "it cannot be told what fits"),
     Check("limits.shared_memory", host.shared_memory, "no guest memory in /dev/shm; memfd does not depend on it"),
     Check("limits.huge_pages_2m", partial(host.huge_pages, HUGE_2M), "no guest on 2 MiB pages arrives", HUGE_POOL),

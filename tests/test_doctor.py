@@ -296,6 +296,16 @@ def test_the_priority_of_a_thread_is_tried_in_one_that_ends(report: dict[str, An
     assert found.ok == check_of(report, "limits.priority")["ok"] == (found.value == probe_host.FIRST_NICE)
 
 
+def test_what_a_write_brings_into_a_memfd_is_told_in_advance(report: dict[str, Any]) -> None:
+    with os.fdopen(os.memfd_create("test-doctor"), "r+b") as file:
+        file.truncate(2 << 20)
+        file.write(b"x")
+        file.flush()
+        taken = os.fstat(file.fileno()).st_blocks * 512
+    found = check_of(report, "limits.large_folios")
+    assert (found["ok"], found["value"]) == (taken > mmap.PAGESIZE, taken)
+
+
 def test_the_limit_of_a_memory_cgroup_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of a made-up process in /a/b: the lowest limit above it counts, not that beyond the mount."""
     (tmp_path / "cgroup").write_text("1:name=systemd:/x\n0::/a/b\n")
