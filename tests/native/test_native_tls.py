@@ -262,10 +262,9 @@ def test_shared_key(pair: tuple[socket.socket, socket.socket], hosts: Hosts, cer
 def test_shared_key_off_by_a_bit(pair: tuple[socket.socket, socket.socket]) -> None:
     server = TlsContext(server=True, shared={"pair": KEY})
     wrong = bytes([KEY[0] ^ 1]) + KEY[1:]
-    assert refusals(connected(pair, server, TlsContext(server=False, shared={"pair": wrong}))) == (
-        "TLS: its pre-shared key is not ours of that name",
-        "TLS: it refuses us: illegal parameter",
-    )
+    at_server, at_client = refusals(connected(pair, server, TlsContext(server=False, shared={"pair": wrong})))
+    assert at_server == "TLS: its pre-shared key is not ours of that name"
+    assert at_client in ("TLS: it refuses us: illegal parameter", "TLS: it refuses us: decrypt error")  # by OpenSSL 3.5
 
 
 def test_shared_key_of_an_unknown_name(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -305,8 +304,9 @@ def test_goodbye_and_cut(pair: tuple[socket.socket, socket.socket], hosts: Hosts
 
 
 def test_a_flipped_bit_is_the_connections_fault(pair: tuple[socket.socket, socket.socket], hosts: Hosts) -> None:
-    """At both ends: nobody has refused anybody. The kernel would not encipher for what takes the socket's place."""
-    server, _ = both(hosts)
+    """At both ends: nobody has refused anybody. The kernel would not encipher for what takes the socket's place, and
+    one that deciphers has OpenSSL say nothing to the peer."""
+    server = TlsContext(server=True, pem=pem(hosts.dst), ktls=False)
     ends = connected(pair, server, TlsContext(server=False, pem=pem(hosts.src), ktls=False))
     assert shake(ends.server, ends.client) == [None, None]
     with socket.create_server(("127.0.0.1", 0)) as listener:
