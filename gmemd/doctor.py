@@ -6,13 +6,14 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from rich.console import Console, Group
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from gmemd.probe import BACKINGS, CHECKS, Ability, Check, Finding, Memory, ability
 from gmemd.probe_apart import survey
+from gmemd.show import show
 
 Findings = Mapping[str, Finding]
 Abilities = Mapping[str, Ability]
@@ -20,7 +21,6 @@ Abilities = Mapping[str, Ability]
 # A migration works here if it does on one of these. hugetlb alone does not count: its pool may be gone tomorrow.
 ENOUGH = ("memfd", "guest_memfd", "guest_memfd_userfault")
 WORKED = Finding(True).why
-UNBOUNDED = 10_000  # columns: what is not read on a terminal is not folded
 MEBIBYTE = 1 << 20
 
 
@@ -32,7 +32,7 @@ def main(json_output: bool) -> int:
     if json_output:
         print(json.dumps(_as_json(found, abilities, works)))
     else:
-        _report(found, abilities, works)
+        show(_report(found, abilities, works))
     return os.EX_OK if works else os.EX_UNAVAILABLE
 
 
@@ -49,24 +49,13 @@ def _as_json(found: Findings, abilities: Abilities, works: bool) -> dict[str, ob
     }
 
 
-def _report(found: Findings, abilities: Abilities, works: bool) -> None:
-    console = Console(highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
-        _print(console, found, abilities, works)
-        return
-    console = Console(highlight=False, force_terminal=False, width=UNBOUNDED)
-    with console.capture() as text:
-        _print(console, found, abilities, works)
-    print("\n".join(line.rstrip() for line in text.get().splitlines()))
-
-
-def _print(console: Console, found: Findings, abilities: Abilities, works: bool) -> None:
+def _report(found: Findings, abilities: Abilities, works: bool) -> Group:
     verdict = "can" if works else "cannot"
     host = f"Linux {platform.release()}, {platform.machine()}, user id {os.geteuid()}"
-    console.print(f"Guests {verdict} be received here: {host}.")
+    parts: list[RenderableType] = [f"Guests {verdict} be received here: {host}."]
     for part in (_summary(abilities), _obstacles(abilities), _memory(found), _topics(found), _missing(found)):
-        console.print()
-        console.print(part)
+        parts += ["", part]
+    return Group(*parts)
 
 
 def _table(*headings: str) -> Table:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gmemd import status
 from gmemd.errors import DataError, UnavailableError
+from gmemd.show import show
 
 REFRESH_SECONDS = 1.0
 BAR_WIDTH = 24
@@ -34,7 +35,7 @@ def main(path: Path, *, as_json: bool, watch: bool) -> int:
             print(json.dumps(_ask_again(path)), flush=True)
         return 0
     if not watch:
-        Console().print(render(answer))
+        show(render(answer))
         return 0
     with Live(render(answer), auto_refresh=False) as live:
         while True:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from rich.text import Text
 from support.connection import PAGES, frame
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
@@ -31,6 +32,7 @@ from gmemd.errors import DataError
 from gmemd.places import Places
 from gmemd.rates import WINDOW, Rates, Sample, Speed
 from gmemd.registry import Finished, Registry
+from gmemd.show import show
 
 COUNT = 64
 REGIONS = [[0, COUNT, 12]]
@@ -109,6 +111,11 @@ def test_watch_on_a_terminal(daemon: DaemonProcess, rng: random.Random) -> None:
             assert terminal.interrupt() == 130
         finally:
             terminal.close()
+
+
+def test_what_is_no_terminal_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Text("a long line " * 100))
+    assert capsys.readouterr().out == ("a long line " * 100).rstrip() + "\n"
 
 
 def test_watch_for_programs_outlives_a_daemon(tmp_path: Path) -> None:
