@@ -13,9 +13,8 @@ from gmemd.examples import epilog
 from gmemd.keeping import guests_are_kept
 
 Command = Callable[[argparse.Namespace], int]
-TOLD = 128  # as shells do: and the signal that told it to end
-INTERRUPTED = TOLD + signal.SIGINT
-UNHEARD = TOLD + signal.SIGPIPE
+INTERRUPTED = errors.SIGNALLED + signal.SIGINT
+UNHEARD = errors.SIGNALLED + signal.SIGPIPE
 
 
 class Help(argparse.HelpFormatter):

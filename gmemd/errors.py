@@ -6,6 +6,8 @@ one line. Any other exception is a bug of ours and keeps its traceback.
 
 import os
 
+SIGNALLED = 128  # exit codes of commands that a signal has ended, as shells have them: and its number
+
 
 def reason(error: BaseException) -> str:
     """Why a system call failed, in the kernel's words alone: Python and trio put others around them."""

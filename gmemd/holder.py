@@ -64,7 +64,8 @@ class Holder:
         data, fds, flags, _ = socket.recv_fds(self._inbox, MAX_DATAGRAM, MAX_DESCRIPTORS)
         lines = data.decode(errors="replace").splitlines()
         if flags & socket.MSG_CTRUNC:
-            print(f"gmemd-holder: {_lost(len(fds))} of {lines}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"gmemd-holder: {_lost(len(fds))} of {lines}", file=sys.stderr)
         fields = dict(line.partition("=")[::2] for line in lines)
         name = fields.get("FDNAME", "")
         if "FDSTORE" in fields and name:

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from gmemd import __version__, cli, config, log, order, stages
+from gmemd import __version__, cli, config, log, order, stages, stopping
 from gmemd.credentials import Credentials, Files
 from gmemd.errors import DataError, GmemdError, UsageError
 from gmemd.learning import Learner
@@ -23,7 +23,6 @@ from gmemd.native import keep_secret
 from gmemd.native.memory import Verdict
 from gmemd.progress import show_progress
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
-from gmemd.stopping import until_told
 
 MAX_AHEAD = 63  # one frame, with the page that was asked for
 MOST_USUAL_LANES = 2
@@ -193,14 +192,6 @@ def _to(options: argparse.Namespace) -> Destination:
     )
 
 
-async def _send_until_told(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict] | int:
-    """How it went, or the exit code of one that was told to stop."""
-    with until_told() as told:
-        return await _send(options)
-    assert told.by
-    return cli.TOLD + told.by
-
-
 async def _send(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
     to = _to(options)
     try:
@@ -275,10 +266,7 @@ def _comparison(migration: OutgoingMigration) -> dict[str, int | bool]:
 def send(options: argparse.Namespace) -> int:
     log.set_up(logging.INFO if options.verbose else logging.WARNING)
     keep_secret()
-    result = trio.run(_send_until_told, options)
-    if isinstance(result, int):
-        return result
-    summary, verdict = result
+    summary, verdict = stopping.run(_send, options)
     if options.json:
         print(json.dumps(summary))
     if verdict.mismatches:

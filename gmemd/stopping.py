@@ -2,13 +2,18 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import trio
 
+from gmemd.errors import SIGNALLED
+
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -43,3 +48,15 @@ def until_told() -> Iterator[Told]:
         if told.by is None:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+def run(main: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """As trio.run(). When a signal has ended it, what follows is the end of the process, with the exit code of that."""
+
+    async def heeding() -> T:
+        with until_told() as told:
+            return await main(*arguments)
+        assert told.by
+        raise SystemExit(SIGNALLED + told.by)
+
+    return trio.run(heeding)

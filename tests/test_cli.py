@@ -1,8 +1,10 @@
 """The command lines: options that make no sense, exit codes, and one line for each error."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.polling import PATIENCE
+from support.polling import PATIENCE, eventually
 from support.vmm import PAGE
 
-from gmemd import cli, config, log, source_cli
+from gmemd import cli, config, log, source_cli, status
+from gmemd.errors import UnavailableError
 
 GMEMD, SOURCE = cli.main, source_cli.main
 
@@ -211,6 +214,34 @@ def test_something_else_answers(tmp_path: Path, answer: bytes, code: int, error:
             out, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (code, "")
     assert errors.startswith(f"gmemd: {tmp_path}/sock: {error}")
+
+
+def running(folder: Path) -> bool:
+    """Whether the demo's guest there has moved, and lacks pages."""
+    for path in folder.glob("gmemd-demo-*/status.sock"):
+        with contextlib.suppress(UnavailableError):
+            return any(m["phase"] == "running" for m in status.ask(path, {"command": "status"})["migrations"])
+    return False
+
+
+def of_folder(folder: Path) -> list[bytes]:
+    """The processes whose command lines name it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes())
+    return [command for command in found if os.fsencode(folder) in command]
+
+
+def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    options = ("--memory", "16M", "--guest", "threads", "--network", "rate=1M")
+    command = [sys.executable, "-m", "gmemd.cli", "demo", *options]
+    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}) as demo:
+        eventually(lambda: running(tmp_path))
+        demo.terminate()
+        assert demo.wait(PATIENCE) == 128 + signal.SIGTERM
+    eventually(lambda: not of_folder(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("main", [GMEMD, SOURCE], ids=["gmemd", "gmemd-source"])

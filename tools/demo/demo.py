@@ -13,17 +13,18 @@ from typing import Any
 import trio
 from rich.console import Console
 
-from gmemd import config, status
+from gmemd import config, status, stopping
 from gmemd.errors import GmemdError, UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
 from gmemd.migrate.wire import MAX_LANES
 from gmemd.probe_host import available_memory
+from gmemd.show import show
 from gmemd_tools.demo import view
 from gmemd_tools.demo.cast import Cast
 from gmemd_tools.demo.inject import SECONDS, Injection, inject, parse
 from gmemd_tools.demo.options import check
 from gmemd_tools.demo.plan import MIGRATION, Plan
-from gmemd_tools.demo.processes import open_stage
+from gmemd_tools.demo.processes import empty_store, open_stage
 from gmemd_tools.network import conditions as network
 from gmemd_tools.network.conditions import Conditions
 from gmemd_tools.network.link import Link
@@ -43,16 +44,18 @@ def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="gmemd-demo-") as directory:
         plan = Plan(options, Path(directory), rate=options.memory_bytes // SECONDS if injections else 0)
         try:
-            summary = trio.run(_run, plan, injections, conditions, console)
+            summary = stopping.run(_run, plan, injections, conditions, console)
         except GmemdError as error:
             if not options.json:
                 raise
             print(json.dumps({"ok": False, "backing": options.backing, "error": str(error)}))
             return error.exit_code
+        finally:
+            empty_store(plan.directory)
     if options.json:
         print(json.dumps(summary))
     else:
-        Console().print(view.summary(summary))
+        show(view.summary(summary))
     return 0 if summary["ok"] else UnavailableError.exit_code
 
 
