@@ -17,6 +17,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from gmemd.native import lib
 from gmemd.probe_kernel import Finding, say_errno
 
 PROC = Path("/proc/self")
@@ -31,7 +32,7 @@ TLS_1_3, AES_GCM_128 = 0x0304, 51
 SO_PEERPIDFD = 77
 
 SPARSE_MEMORY = 1 << 40  # bytes: a guest larger than that is rare
-FIRST_NICE = -15  # what native/precedence.c asks for
+FIRST_NICE = lib.GM_FIRST_NICE
 LARGE_FOLIO = 2 << 20
 OPEN_FILES = 1024  # 16 migrations whose VMMs hand over the most descriptors that one message holds, 64
 SOCKET_BUFFER = 4 << 20  # bytes: 25 Gbit/s with a round trip of 1.3 ms

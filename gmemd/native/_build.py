@@ -35,6 +35,7 @@ HEADERS = [
     "server.h",
     "player.h",
     "measure.h",
+    "precedence.h",
     "probe.h",
 ]
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread"]

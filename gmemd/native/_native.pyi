@@ -15,6 +15,7 @@ class _Lib:
     GM_EVENT_VMM_BROKEN: int
     GM_EVENT_VMM_GONE: int
     GM_FILE: int
+    GM_FIRST_NICE: int
     GM_FRAME_CRC: int
     GM_FRAME_PAGES: int
     GM_GUEST_MEMFD: int

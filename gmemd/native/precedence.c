@@ -3,10 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum {
-    FIRST_NICE = -15,        /* 28 times the share of a thread at 0; -20 is left for what the host itself depends on */
-    SHORT_SLICE_NS = 100000, /* the shortest that there is: a page is answered in less */
-};
+enum { SHORT_SLICE_NS = 100000 }; /* the shortest that there is: a page is answered in less */
 
 static int set(const struct gm_precedence *p)
 {
@@ -21,8 +18,8 @@ struct gm_precedence gm_go_first(void)
         return (struct gm_precedence){0};
     first = before;
     first.runtime_ns = SHORT_SLICE_NS;
-    if (first.nice > FIRST_NICE)
-        first.nice = FIRST_NICE;
+    if (first.nice > GM_FIRST_NICE)
+        first.nice = GM_FIRST_NICE;
     if (set(&first) < 0) {
         first.nice = before.nice;
         set(&first);

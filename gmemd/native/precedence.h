@@ -9,6 +9,10 @@
 
 #include <stdint.h>
 
+/* python */
+#define GM_FIRST_NICE -15 /* 28 times the share of a thread at 0; -20 is left for what the host itself depends on */
+/* end python */
+
 /* struct sched_attr as of SCHED_ATTR_SIZE_VER0; <linux/sched/types.h> clashes with the C library's <sched.h>. */
 struct gm_precedence {
     uint32_t size, policy;
