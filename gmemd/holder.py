@@ -26,7 +26,8 @@ MAX_DATAGRAM = 4096
 MAX_DESCRIPTORS = 253  # the kernel's limit of one message
 END = b"FDEND=1"
 TAKEN = b"FDTAKEN=1"
-ANSWER_SECONDS = 5.0
+# A host short of CPUs or memory takes long to start a Python, and who starts us again would have to wait as well.
+ANSWER_SECONDS = 60.0
 # How a migration ended is kept for a source that may still ask; without a daemon, only so long.
 LINGER_SECONDS = 60.0
 
