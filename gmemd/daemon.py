@@ -127,6 +127,7 @@ class Daemon:
         while True:
             await trio.sleep(STATUS_SECONDS)
             status.sample(self.registry)
+            self.shared.store.catch_up()
             if (now := status.one_line(self.registry)) != told and self.notifier.status(now):
                 told = now
 

@@ -7,6 +7,7 @@ Every message is one datagram. Where NOTIFY_SOCKET is not set, nobody listens an
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import MutableMapping, Sequence
 
 from gmemd.errors import reason
@@ -24,6 +25,7 @@ class Notifier:
     def __init__(self, address: str) -> None:
         """`address` as in NOTIFY_SOCKET: a path, or an abstract name after an `@`; "" is nobody."""
         self.address = "\0" + address[1:] if address.startswith("@") else address
+        self._unheard: deque[str] = deque()  # names to be removed
 
     def ready(self) -> None:
         self.send("READY=1")
@@ -41,12 +43,25 @@ class Notifier:
 
     def store(self, name: str, fds: Sequence[int]) -> bool:
         """Has descriptors kept under a name over a crash or restart. False: they were not handed over."""
+        self.catch_up()
+        if checked(name) in self._unheard:  # two of one name are of no use to a successor
+            return False
         # Without FDPOLL=0 systemd drops, without a word, what polls as an error or a hang-up.
-        return self.send("FDSTORE=1", f"FDNAME={checked(name)}", "FDPOLL=0", fds=fds)
+        return self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=fds)
 
     def remove(self, name: str) -> None:
-        """Has all descriptors of that name closed: until then, they keep a guest's memory alive."""
-        self.send("FDSTOREREMOVE=1", f"FDNAME={checked(name)}")
+        """Has all descriptors of that name closed: until then, they keep a guest's memory alive. What cannot be said
+        now is said by `catch_up`, in the same order: a successor must not find the rest of what is half removed."""
+        waiting = bool(self._unheard)
+        if self.address:
+            self._unheard.append(checked(name))
+        if not waiting:
+            self.catch_up(SEND_TIMEOUT)
+
+    def catch_up(self, timeout: float = 0.0) -> None:
+        """To be called once in a while: says again what could not be said."""
+        while self._unheard and self.send("FDSTOREREMOVE=1", f"FDNAME={self._unheard[0]}", timeout=timeout):
+            self._unheard.popleft()
 
     def send(self, *lines: str, fds: Sequence[int] = (), timeout: float = SEND_TIMEOUT) -> bool:
         if not self.address:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,14 @@ def no_descriptors(daemon: DaemonProcess) -> Iterator[None]:
     resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
 
 
+def removed(daemon: DaemonProcess) -> list[str]:
+    """What its service manager has let go of, in order."""
+    return [name for what, name in pairwise(daemon.manager.told) if what == "FDSTOREREMOVE=1"]
+
+
 def test_an_end_without_descriptors(tmp_path: Path) -> None:
-    """What nobody can be told of any more is let go of all the same."""
+    """What nobody can be told of any more is let go of all the same, and by the service manager as soon as it can be
+    told: first that without which a successor takes nothing over."""
     with DaemonProcess(tmp_path) as daemon:
         before = daemon.descriptors()
         doomed = VmmProcess(daemon, "m", PAGE)
@@ -108,6 +115,7 @@ def test_an_end_without_descriptors(tmp_path: Path) -> None:
                 assert isinstance(source.control.receive(), wire.Failed)
         assert daemon.ended("m")["phase"] == "abandoned"
         eventually(lambda: daemon.descriptors() <= before)
+        eventually(lambda: removed(daemon)[-4:] == [f"FDNAME={what}.m" for what in ("state", "vmm", "fd1", "fd0")])
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log.read_text()
 

@@ -96,6 +96,24 @@ def test_a_guest_that_is_not_kept_is_told(tmp_path: Path, expect_log: Callable[[
         Keeper(Notifier(""), "m").keep("vmm", file.fileno())  # nobody was asked to keep anything
 
 
+def test_what_is_removed_late_is_not_what_came_since(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    expect_log("WARNING gmemd.notify: .*/notify is not told FDSTOREREMOVE: No such file")
+    notifier = Notifier(str(tmp_path / "notify"))
+    notifier.remove("state.m")
+    notifier.remove("fd0.m")
+    assert not notifier.store("fd0.m", [0])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        assert notifier.store("fd0.m", [0])
+        sock.setblocking(False)
+        told = [sock.recv(4096).splitlines()[:2] for _ in range(3)]
+    assert told == [
+        [b"FDSTOREREMOVE=1", b"FDNAME=state.m"],
+        [b"FDSTOREREMOVE=1", b"FDNAME=fd0.m"],
+        [b"FDSTORE=1", b"FDNAME=fd0.m"],
+    ]
+
+
 @pytest.mark.parametrize("name", ["", "a:b", "é", "a\nb", "n" * (MAX_NAME + 1)])
 def test_name_that_systemd_would_drop(notifier: Notifier, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a descriptor"):
