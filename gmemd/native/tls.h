@@ -2,8 +2,8 @@
  * TLS 1.3 on a connection: both ends show a certificate, or both have the same key.
  *
  * OpenSSL wants one thread at a time in a session. A lane is read by one thread while another sends signs of life on it, so each
- * session has a lock, which nobody holds while waiting for anything. Nothing is read ahead of what is asked for but the rest of
- * one record, and gm_tls_read() is to be called until it wants more before the socket is waited for.
+ * session has a lock, which nobody holds while waiting for anything. OpenSSL reads ahead, some records at a time, and what it holds
+ * shows on no socket: gm_tls_read() is to be called until it wants more before the socket is waited for.
  */
 #ifndef GM_TLS_H
 #define GM_TLS_H
