@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 from support.pace import SLOWER
+from support.polling import PATIENCE, eventually
 
 from gmemd.errors import DataError, UnavailableError
 from gmemd.native import ffi, lib
@@ -252,6 +255,23 @@ def test_stop_ends_a_run(guest: Guest) -> None:
 
 
 # Whole replays.
+
+
+def catches(process: int, which: signal.Signals) -> bool:
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (which - 1) & 1)
+
+
+def test_a_recorder_to_which_no_vmm_comes(tmp_path: Path) -> None:
+    (tmp_path / "memory").write_bytes(bytes(4096))
+    what = ("--socket", tmp_path / "vmm.sock", "--file", tmp_path / "memory", "-o", tmp_path / "traces")
+    command = [sys.executable, "-m", "gmemd_tools.replay.cli", "record", *map(str, what)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recorder:
+        eventually(lambda: catches(recorder.pid, signal.SIGTERM))
+        recorder.terminate()
+        _, errors = recorder.communicate(timeout=PATIENCE)
+    assert recorder.returncode == os.EX_UNAVAILABLE
+    assert errors.endswith(f"gmemd-replay: {tmp_path}/vmm.sock: no VMM has handed its memory over\n")
 
 
 def faulted_pages(recording: Recording) -> dict[int, list[tuple[int, int]]]:
