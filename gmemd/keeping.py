@@ -57,6 +57,11 @@ class Keeper:
         self._migration = migration
         self._names: list[str] = []
 
+    @property
+    def kept(self) -> list[str]:
+        """What of the guest is with the keeper."""
+        return list(self._names)
+
     def keep(self, what: str, fd: int) -> None:
         """Hands over one descriptor, in place of one that is kept as the same."""
         if what in self._names:

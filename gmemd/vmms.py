@@ -15,7 +15,7 @@ from gmemd.callers import Caller, VmmRules
 from gmemd.config import Config
 from gmemd.errors import GmemdError, HandoffError, KernelError, PermissionRefusedError, UnavailableError
 from gmemd.handoff import Descriptors, Handoff
-from gmemd.keeping import BLOB, DIGESTS, ENDED, Keeper, Kept
+from gmemd.keeping import BLOB, DIGESTS, ENDED, VMM, Keeper, Kept, Stranded
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import LinkSettings
 from gmemd.migrate.session import SPACE_SECONDS
@@ -28,6 +28,7 @@ from gmemd.places import Places
 from gmemd.populate import Chooser
 from gmemd.registry import Finished, Registry
 from gmemd.status import comparison, snapshot
+from gmemd.stranded import hold
 from gmemd.tracing import record, record_stages
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class VmmConnection:
                 asked = handoff.receive_untrusted(handoff.parse_untrusted(data), len(descriptors.fds))
                 self._may_receive(asked.migration)
                 with self.shared.registry.reserved(asked.migration, self.caller.uid):
-                    await self._receive(asked, descriptors.fds)
+                    stranded = await self._receive(asked, descriptors.fds)
+                if stranded:
+                    await hold(stranded, self.shared.registry, self.shared.store)
         except GmemdError as error:
             log.warning("VMM refused: %s", error)
             await self._tell({"error": str(error)})
@@ -82,6 +85,9 @@ class VmmConnection:
             await self._tell({"error": "no hand-off came in time"})
         except OSError as error:
             log.info("VMM: %s", error)
+        except Exception as bug:
+            await self._tell({"error": f"a bug of gmemd: {bug!r}"})
+            raise
         finally:
             descriptors.close()
 
@@ -110,7 +116,8 @@ class VmmConnection:
 
             await self._attend(migration, keeper, start)
 
-    async def _receive(self, asked: Handoff, fds: list[int]) -> None:
+    async def _receive(self, asked: Handoff, fds: list[int]) -> Stranded | None:
+        """Until the migration is over. One that fails when its guest has left the source is left to a successor."""
         memory = await trio.to_thread.run_sync(self._take_memory, asked, fds)
         keeper = Keeper(self.shared.store, asked.migration)
         memory.set_note(Note.VCPUS, asked.vcpus)
@@ -122,7 +129,17 @@ class VmmConnection:
             _start(migration, kinds)
             keeper.keep_all(memory.state_fd, self.sock.fileno(), fds)
 
-        await self._attend(migration, keeper, start)
+        try:
+            await self._attend(migration, keeper, start)
+        except Exception as error:
+            if migration.phase is not Phase.RUNNING:
+                keeper.forget_guest()
+                raise
+            log.error("a migration has failed", exc_info=error, extra={"migration": migration.name})
+            why = str(error) if isinstance(error, GmemdError) else f"a bug of gmemd: {error!r}"
+            parts: dict[str, tuple[int, ...]] = dict.fromkeys(keeper.kept, ()) | {VMM: (self.sock.fileno(),)}
+            return Stranded(migration.name, f"{why}; the next start of the daemon tries again", parts)
+        return None
 
     async def _attend(self, migration: IncomingMigration, keeper: Keeper, start: Callable[[], None]) -> None:
         """From its start until it is over, or until we are: then it is left to a successor."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from support.recovery import PAGE, Host, Sender, Vmm, content, open_host
+from support.recovery import LOOK_SECONDS, PAGE, Host, Sender, Vmm, content, open_host
 
 from gmemd import handoff, holder, notify
 from gmemd_tools.demo.plan import Plan
@@ -69,6 +69,55 @@ async def half_done(host: Host, name: str) -> AsyncIterator[tuple[Vmm, Sender]]:
             assert await vmm.read(3) == content(3)
             nursery.cancel_scope.cancel()
         yield vmm, sender
+
+
+BUG = """
+from pathlib import Path
+from gmemd import handoff
+
+def ranges_untrusted(*_):
+    if Path(__file__).with_name("bug").exists():
+        raise ValueError("that of a test")
+    return []
+
+handoff.ranges_untrusted = ranges_untrusted
+"""
+
+
+@asynccontextmanager
+async def host_with_a_bug(folder: Path) -> AsyncIterator[Host]:
+    """A host whose daemon has a bug, met by whoever says "discard" as long as there is a file `bug`."""
+    (folder / "sitecustomize.py").write_text(BUG)
+    (folder / "bug").touch()
+    (folder / "host").mkdir()
+    async with open_host(folder / "host", environ={"PYTHONPATH": str(folder)}) as host:
+        yield host
+
+
+async def test_a_bug_that_a_running_guest_meets(tmp_path: Path) -> None:
+    """It waits, which is told, until a daemon without it starts."""
+    async with host_with_a_bug(tmp_path) as host, half_done(host, "m") as (vmm, sender):
+        await vmm.tell({"discard": []})
+        while not (await host.ask(command="status"))["unusable"]:
+            await trio.sleep(LOOK_SECONDS)
+        assert "a bug of gmemd: ExceptionGroup" in (why := await unusable(host, "m"))
+        assert "ValueError('that of a test')" in why
+        assert why.endswith("; the next start of the daemon tries again")
+        (tmp_path / "bug").unlink()
+        await kill(host)
+        await host.cast.start_daemon()
+        await finish(host, vmm, sender)
+
+
+async def test_a_bug_before_the_guest_has_come(tmp_path: Path) -> None:
+    """It still runs at its source: this VMM is told, and another may come."""
+    async with host_with_a_bug(tmp_path) as host:
+        async with host.migration("m", PAGES) as (vmm, _):
+            await vmm.tell({"discard": []})
+            assert "a bug of gmemd: " in (await vmm.hear())["error"]
+        assert names(host) == set()
+        async with host.migration("m", PAGES):
+            pass
 
 
 async def finish(host: Host, vmm: Vmm, sender: Sender) -> None:
