@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,8 @@ class VmmConnection:
         except OSError as error:
             log.info("VMM: %s", error)
         except Exception as bug:
+            with suppress(OSError):  # what is left unread by who closes has the peer hear of that before our last word
+                os.read(self.sock.fileno(), 1)
             await self._tell({"error": f"a bug of gmemd: {bug!r}"})
             raise
         finally:
