@@ -106,7 +106,7 @@ int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret)
     return gm_destination_ask(lane->destination, f->region, f->first, f->count, ret);
 }
 
-void gm_lane_count(const struct gm_lane *lane, uint64_t claimed)
+void gm_lane_count(const struct gm_lane *lane, uint64_t claimed, uint64_t bytes)
 {
     struct gm_destination *d = lane->destination;
     uint64_t pages = (unsigned)__builtin_popcountll(claimed);
@@ -115,10 +115,10 @@ void gm_lane_count(const struct gm_lane *lane, uint64_t claimed)
         GM_COUNT(d, zero_pages, pages);
     } else if (lane->index) {
         GM_COUNT(d, background_pages, pages);
-        GM_COUNT(d, background_bytes, lane->frame.length);
+        GM_COUNT(d, background_bytes, bytes);
     } else {
         GM_COUNT(d, urgent_pages, pages);
-        GM_COUNT(d, urgent_bytes, lane->frame.length);
+        GM_COUNT(d, urgent_bytes, bytes);
     }
 }
 
@@ -147,7 +147,7 @@ static bool install_piece(struct gm_lane *lane, struct gm_region *r, uint64_t fi
     }
     gm_stamp(stages, GM_STAGE_POPULATED, r->index, first);
     gm_install_finish(&in);
-    gm_lane_count(lane, in.claimed);
+    gm_lane_count(lane, in.claimed, content ? gm_bytes(r, count) : 0);
     return true;
 }
 

@@ -56,6 +56,6 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret);
 
 /* For both ways: the frame was damaged; ask for its pages once more, or end the lane. */
 int gm_lane_ask_again(struct gm_lane *lane, struct gm_problem *ret);
-void gm_lane_count(const struct gm_lane *lane, uint64_t claimed);
+void gm_lane_count(const struct gm_lane *lane, uint64_t claimed, uint64_t bytes);
 
 #endif

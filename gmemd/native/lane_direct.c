@@ -189,6 +189,6 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
         return forget_frame(lane, gm_install_give_up(&in) ? ask(lane, ret) : gm_lane_ask_again(lane, ret));
     gm_stamp(stages, GM_STAGE_POPULATED, f->region, f->first);
     gm_install_finish(&in);
-    gm_lane_count(lane, in.claimed);
+    gm_lane_count(lane, in.claimed, lane->frame.length);
     return forget_frame(lane, 0);
 }

@@ -52,6 +52,15 @@ def test_what_came_in_the_background_is_not_asked_for() -> None:
         assert far.requested() == (0, 190, 1), "nothing was asked for before"
 
 
+def test_bytes_count_once_though_a_frame_is_claimed_piece_by_piece() -> None:
+    """As it is while a guest waits."""
+    with AskingGuest((PAGES, PAGE)) as guest, asked(guest) as far:
+        guest.ask(3, 131)
+        assert far.requested() == (0, 131, 1)
+        guest.line().feed(pages(0, 0, b"".join(content(page) for page in range(64))))
+        assert (guest.counter("background_pages"), guest.counter("background_bytes")) == (64, 64 * PAGE)
+
+
 def test_bitmaps_of_several_regions_lie_side_by_side() -> None:
     with AskingGuest((70, PAGE), (64, PAGE), (3, PAGE)) as guest, asked(guest):
         guest.line().feed(pages(1, 0, b"".join(content(page, 1) for page in range(64))))
