@@ -3,7 +3,8 @@
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from native_asking import DATAGRAM, EVERY_VCPU, AskingGuest, asked, sealed
@@ -119,6 +120,19 @@ def test_both_ways_at_once_install_once(rng: random.Random) -> None:
         assert guest.stops() == set(range(PAGES, 256))
 
 
+@contextmanager
+def with_a_neighbour() -> Iterator[tuple[AskingGuest, Far, Guest, Far]]:
+    """A guest that asks, and a small one beside it, each with its source."""
+    with (
+        AskingGuest((PAGES, PAGE)) as guest,
+        Guest((8, PAGE)) as other,
+        RunningPager() as running,
+        running.serving(guest) as far,
+        running.serving(other) as others,
+    ):
+        yield guest, far, other, others
+
+
 @pytest.mark.parametrize(
     ("datagram", "message"),
     [
@@ -134,13 +148,7 @@ def test_both_ways_at_once_install_once(rng: random.Random) -> None:
 )
 def test_a_vmm_that_breaks_the_protocol_is_alone_with_it(datagram: bytes, message: str) -> None:
     """Nobody listens to it any more; its own pages, and other guests, come all the same."""
-    with (
-        AskingGuest((PAGES, PAGE)) as guest,
-        Guest((8, PAGE)) as other,
-        RunningPager() as running,
-        running.serving(guest) as far,
-        running.serving(other) as others,
-    ):
+    with with_a_neighbour() as (guest, far, other, others):
         if datagram:
             guest.ends[0].send(datagram)
         else:
@@ -171,13 +179,7 @@ def flood(guest: AskingGuest) -> GmemdError:
 
 
 def test_a_vmm_that_reads_no_answers_is_not_listened_to_until_it_does() -> None:
-    with (
-        AskingGuest((PAGES, PAGE)) as guest,
-        Guest((8, PAGE)) as other,
-        RunningPager() as running,
-        running.serving(guest) as far,
-        running.serving(other) as others,
-    ):
+    with with_a_neighbour() as (guest, far, other, others):
         guest.line().feed(pages(0, 5, content(5)))
         assert "does not read" in str(flood(guest))
         taken = []
