@@ -111,14 +111,15 @@ def peer(b: Bench) -> Figures:
 
 
 def large_folios(b: Bench) -> Figures:
-    """What `busy` and `lanes` measure, of memory files in large folios at both ends."""
+    """What `busy` and `lanes` measure, of memory files in large folios at both ends; of guests, that on a vCPU if there
+    can be one."""
     figures: Figures = {}
     if not b.large:
         return figures
     backing = "--backing", "tmpfs"
     for pattern in PATTERNS:
-        for guest, how in _guests(b, pattern).items():
-            figures |= _whole(f"busy {pattern}{guest}{LARGE}", b.daemon.move(b.large, b.memory, *how, *backing))
+        guest, how = _guests(b, pattern).popitem()
+        figures |= _whole(f"busy {pattern}{guest}{LARGE}", b.daemon.move(b.large, b.memory, *how, *backing))
     for count in LANES:
         figures |= _lanes(b, count, b.large, LARGE, *backing)
     return figures
