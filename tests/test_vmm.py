@@ -106,15 +106,19 @@ def test_a_guest_moves_in_huge_pages(start: Callable[..., Vmm], sockets: Sockets
     assert_right(moved.verify())
 
 
-@pytest.mark.skipif(tmpfs.missing() is not None, reason=str(tmpfs.missing()))
-def test_a_guest_moves_in_large_folios(start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
-    moved = Guest(start, sockets, "--memory", "33M", "--regions", "3", "--backing", "tmpfs", "--guest", guest)
+def assert_moves(moved: Guest) -> None:
     moved.move()
     moved.destination.expect("first-instruction")
     moved.done()
     event = moved.verify()
     assert_right(event)
     assert event["against_source"] > 0
+
+
+@pytest.mark.skipif(tmpfs.missing() is not None, reason=str(tmpfs.missing()))
+def test_a_guest_moves_in_large_folios(start: Callable[..., Vmm], sockets: Sockets, guest: str) -> None:
+    moved = Guest(start, sockets, "--memory", "33M", "--regions", "3", "--backing", "tmpfs", "--guest", guest)
+    assert_moves(moved)
 
 
 @pytest.mark.usefixtures("require_kvm")
@@ -125,12 +129,7 @@ def test_a_guest_moves_in_guest_memfd(start: Callable[..., Vmm], sockets: Socket
         pytest.skip("this kernel has no guest_memfd that can be mapped")
     probe.end()
     moved = Guest(start, sockets, *machine)
-    moved.move()
-    moved.destination.expect("first-instruction")
-    moved.done()
-    event = moved.verify()
-    assert_right(event)
-    assert event["against_source"] > 0
+    assert_moves(moved)
 
 
 def test_the_hand_off_is_as_documented(start: Callable[..., Vmm], sockets: Sockets) -> None:
