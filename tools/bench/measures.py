@@ -120,7 +120,7 @@ def large_folios(b: Bench) -> Figures:
     for pattern in PATTERNS:
         guest, how = _guests(b, pattern).popitem()
         figures |= _whole(f"busy {pattern}{guest}{LARGE}", b.daemon.move(b.large, b.memory, *how, *backing))
-    for count in LANES:
+    for count in LANES[:2]:  # with four, both ends want more CPUs than most hosts that this runs on have
         figures |= _lanes(b, count, b.large, LARGE, *backing)
     return figures
 

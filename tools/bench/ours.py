@@ -53,7 +53,7 @@ class Daemon:
     ) -> Result:
         """Moves a guest of `memory` bytes that touches as `guest` says; what guest, sender and daemon have to tell. Not
         `whole`: until the guest has made its touches, and no further."""
-        warm(2 * min(memory, MOST_USED))
+        warm(min(memory, MOST_USED))
         self._migrations += 1
         name = f"bench-{self._migrations}"
         toucher = _Guest(self._socket, name, memory, *guest)

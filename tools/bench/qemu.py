@@ -33,7 +33,7 @@ def move(folder: Path, memory: int, *, random: bool, think_ns: int = 0, preempt:
     kernel = image("elf32-i386", memory // PAGE, random=random, think_ns=think_ns)
     common = [QEMU, *ACCELERATORS[accelerator], "-m", f"{(LOW_MEMORY + memory) >> 20}M", "-display", "none",
               "-nodefaults", "-kernel", str(kernel), "-global", "isa-debugcon.iobase=0x402"]  # fmt: skip
-    warm(2 * memory)
+    warm(memory)
     with ExitStack() as stack:
         source = stack.enter_context(_qemu(common, folder / "qemu-source"))
         there = stack.enter_context(_qemu([*common, "-incoming", "defer"], folder / "qemu-destination"))
