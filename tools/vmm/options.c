@@ -17,7 +17,7 @@ static const char HELP[] =
     "  --vcpus N           1 to 8 (1)\n"
     "  --regions N         pieces that guest memory consists of, 1 to 64 (1)\n"
     "  --backing KIND      memfd, tmpfs (with large folios), hugetlb, guest_memfd, or mixed: half of it\n"
-  "                      hugetlb (memfd)\n"
+    "                      hugetlb (memfd)\n"
     "  --guest KIND        kvm, threads, or auto: kvm where /dev/kvm opens (auto)\n"
     "  --slot KIND         plain: KVM goes through the mapping; guest_memfd: it takes pages from\n"
     "                      the file, and a destination's vCPUs ask by KVM userfault (plain)\n"
