@@ -7,7 +7,7 @@ import trio
 
 from gmemd.config import Config, is_loopback
 from gmemd.credentials import Credentials, Files
-from gmemd.errors import ConfigError, LinkError, RefusedError
+from gmemd.errors import LinkError, RefusedError
 from gmemd.migrate.tls import TlsStream, check_name, shake_hands
 from gmemd.migrate.wire import MAGIC
 from gmemd.native.tls import Tls
@@ -20,9 +20,15 @@ class Admission:
 
     def __init__(self, config: Config) -> None:
         tls = config.tls
-        self._credentials = Credentials(
-            Files(certificate=tls.certificate, key=tls.key, ca=tls.ca, psk=tls.psk, ktls=tls.ktls), server=True
+        files = Files(
+            certificate=tls.certificate,
+            key=tls.key,
+            ca=tls.ca,
+            psk=tls.psk,
+            ktls=tls.ktls,
+            place=lambda key, _: config.place("tls", key),
         )
+        self._credentials = Credentials(files, server=True)
         self._timeout = config.network.handshake_timeout
         self._peers = tls.peers
         self._rules = config.sources
@@ -58,15 +64,17 @@ def for_listener(config: Config, host: str) -> Admission | None:
         mode = "off" if is_loopback(host) and not files else "require"
     elif mode == "off" and not is_loopback(host):
         if not config.network.plain_text_on_network:
-            raise ConfigError(
-                f'[network] tls = "off", but sources come over the network to {host}: guests\' memory would travel as'
-                " plain text, from whoever connects; if that is meant, say plain_text_on_network = true, too"
+            why = (
+                f"sources come over the network to {host}, so guests' memory would travel as plain text, from whoever"
+                " connects; if that is meant, say plain_text_on_network = true, too"
             )
+            raise config.wrong("network", "tls", why)
         log.warning('tls = "off": guests\' memory comes to %s as plain text, from whoever connects', host)
     if mode == "off":
         return None
     if not files:
-        raise ConfigError(f"sources that come to {host} need TLS: [tls] has neither a certificate nor a psk")
+        why = f"sources that come to {host} need TLS, and [tls] has neither a certificate nor a psk: give one of them"
+        raise config.wrong("network", "tls", why)
     if not tls.peers:
-        raise ConfigError('[tls] peers is empty, so nobody could come; ["*"] lets in whoever ca vouches for')
+        raise config.wrong("tls", "peers", 'nobody could come; name who may: ["*"] lets in whoever ca vouches for')
     return Admission(config)

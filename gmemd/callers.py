@@ -4,12 +4,11 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, Self
 
-from gmemd.errors import ConfigError
+from gmemd.config import Config
 
 UCRED = struct.Struct("3i")
 ROOT = 0
@@ -53,8 +52,13 @@ class VmmRules:
     """Which user's VMM may receive which migrations, by patterns of their names. Without any rule, every user's may
     receive every one."""
 
-    def __init__(self, rules: Mapping[str, Collection[str]]) -> None:
-        self._users = {pattern: {_uid(user) for user in users} for pattern, users in rules.items()}
+    def __init__(self, config: Config) -> None:
+        self._users: dict[str, set[int]] = {}
+        for pattern, users in config.vmms.items():
+            try:
+                self._users[pattern] = {_uid(user) for user in users}
+            except LookupError as error:
+                raise config.wrong("vmms", pattern, f"{error.args[0]}: make it, or name another") from None
 
     def allow(self, caller: Caller, migration: str) -> bool:
         matching = (users for pattern, users in self._users.items() if fnmatchcase(migration, pattern))
@@ -62,7 +66,8 @@ class VmmRules:
 
 
 def _uid(user: str) -> int:
+    """Raises LookupError."""
     try:
         return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise ConfigError(f"[vmms] {user!r}: no such user") from None
+        raise LookupError(f"no user {user} on this host") from None

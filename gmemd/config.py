@@ -207,7 +207,8 @@ class Daemon:
 
     def __post_init__(self) -> None:
         if self.status_socket == self.socket or self.metrics in (self.socket, self.status_socket):
-            raise ValueError("socket, status_socket and metrics: each needs a path of its own")
+            where = f"{self.socket}, {self.status_socket}, {self.metrics or '(nowhere)'}"
+            raise ValueError(f"socket, status_socket and metrics: each needs a path of its own, not {where}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,9 +244,10 @@ class Tls:
     ktls: Annotated[bool, FLAG] = True
 
     def __post_init__(self) -> None:
-        given = [self.certificate is not None, self.key is not None, self.ca is not None]
-        if any(given) and not all(given):
-            raise ValueError("certificate, key and ca go together")
+        given = {"certificate": self.certificate, "key": self.key, "ca": self.ca}
+        missing = [key for key, path in given.items() if path is None]
+        if 0 < len(missing) < len(given):
+            raise ValueError(f"certificate, key and ca go together: {' and '.join(missing)} must be given, too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +283,7 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The whole configuration: an attribute for each table."""
+    """The whole configuration: an attribute for each table, and the file that it is from."""
 
     daemon: Daemon = Daemon()
     network: Network = Network()
@@ -291,11 +293,23 @@ class Config:
     trace: Trace = Trace()
     sources: Rules = field(default_factory=dict)
     vmms: Rules = field(default_factory=dict)
+    file: Path = field(default=DEFAULT_PATH, compare=False)
+
+    def place(self, table: str, key: str) -> str:
+        """Where a value stands, and what it is, for people."""
+        values = getattr(self, table)
+        written = NAMES.write(values[key]) if table in RULES else KINDS[table][key].write(getattr(values, key))
+        return f"{self.file}: [{table}] {key} = {written}"
+
+    def wrong(self, table: str, key: str, why: str) -> ConfigError:
+        """What to raise of a value that is a good one of its kind, but not on this host."""
+        return ConfigError(f"{self.place(table, key)}: {why}")
 
 
 # Tables whose keys are patterns of migrations' names.
 RULES = ("sources", "vmms")
-TABLES: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items() if name not in RULES}
+NO_TABLES = (*RULES, "file")
+TABLES: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items() if name not in NO_TABLES}
 KINDS: dict[str, dict[str, Kind[Any]]] = {
     table: {key: hint.__metadata__[0] for key, hint in get_type_hints(cls, include_extras=True).items()}
     for table, cls in TABLES.items()
@@ -305,17 +319,18 @@ HOMES = {key: table for table, kinds in KINDS.items() for key in kinds}
 
 def load(path: Path | None = None) -> Config:
     """Reads a configuration file; None means the default one, which may be absent. Raises ConfigError."""
+    file = path or DEFAULT_PATH
     try:
-        return parse((path or DEFAULT_PATH).read_bytes().decode())
+        return parse(file.read_bytes().decode(), file)
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
-            return Config()
-        raise ConfigError(f"{path or DEFAULT_PATH}: {error.strerror}") from None
+            return Config(file=file)
+        raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"{path or DEFAULT_PATH}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
-def parse(document: str) -> Config:
+def parse(document: str, file: Path = DEFAULT_PATH) -> Config:
     """The configuration in a TOML document. Raises ValueError that names table, key, value and rule."""
     tables: dict[str, Any] = {}
     for name, values in tomllib.loads(document).items():
@@ -327,7 +342,7 @@ def parse(document: str) -> Config:
             tables[name] = dict(read_rules(values)) if name in RULES else TABLES[name](**dict(read_keys(name, values)))
         except ValueError as error:
             raise ValueError(f"[{name}] {error}") from None
-    return Config(**tables)
+    return Config(**tables, file=file)
 
 
 def read_keys(table: str, values: dict[str, object]) -> Iterator[tuple[str, object]]:

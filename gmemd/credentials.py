@@ -3,11 +3,13 @@
 import logging
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gmemd.errors import ConfigError, KernelError
-from gmemd.native.tls import MAX_KEY, MIN_KEY, Pem, TlsContext
+from gmemd.errors import ConfigError, KernelError, reason
+from gmemd.native.tls import MAX_KEY, MIN_KEY, TlsContext
 
 log = logging.getLogger(__name__)
 
@@ -16,42 +18,59 @@ MAX_FILE = 1 << 20
 Stamp = tuple[tuple[int, int, int], ...]
 
 
+def _option(key: str, path: Path) -> str:
+    return f"--{key} {path}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
     """Where they are: a certificate with its key and the authorities that the peer's must come from, or pre-shared
-    keys, or both. `ktls`: what is made of them may be used by the kernel."""
+    keys, or both. `ktls`: what is made of them may be used by the kernel. `place`: who named a file, for people."""
 
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
     psk: Path | None = None
     ktls: bool = True
-
-    def __post_init__(self) -> None:
-        given = [path is not None for path in (self.certificate, self.key, self.ca)]
-        if any(given) and not all(given):
-            raise ConfigError("TLS: certificate, key and ca go together")
+    place: Callable[[str, Path], str] = _option
 
     def __bool__(self) -> bool:
         return self.certificate is not None or self.psk is not None
 
     def stamp(self) -> Stamp:
         """Another one when any of them has changed."""
-        infos = (os.stat(path) for path in (self.certificate, self.key, self.ca, self.psk) if path)
-        return tuple((info.st_ino, info.st_mtime_ns, info.st_size) for info in infos)
+        stamps = []
+        for what in READERS:
+            with self._of(what) as path:
+                if path:
+                    info = path.stat()
+                    stamps.append((info.st_ino, info.st_mtime_ns, info.st_size))
+        return tuple(stamps)
 
     def load(self, *, server: bool) -> TlsContext:
         """Reads them all. ConfigError says which is wrong, and how."""
-        pem = None
-        if self.certificate and self.key and self.ca:
-            pem = Pem(_read(self.certificate), _read_secret(self.key), _read(self.ca))
-        shared = _parse_keys(self.psk) if self.psk else {}
-        if not server and len(shared) > 1:
-            raise ConfigError(f"{self.psk}: {len(shared)} keys: a source has one, that of its pair of hosts")
+        context = TlsContext(server=server, ktls=self.ktls)
+        for what, read in READERS.items():
+            with self._of(what) as path:
+                if path and what == "psk":
+                    keys = _parse_keys(read(path))
+                    if not server and len(keys) > 1:
+                        raise ValueError(f"{len(keys)} keys: a source has one, that of its pair of hosts")
+                    for name, key in keys.items():
+                        context.share(name, key)
+                elif path:
+                    context.take(what, read(path))
+        return context
+
+    @contextmanager
+    def _of(self, what: str) -> Iterator[Path | None]:
+        """One of the files. What is wrong with it is told with who named it."""
+        path: Path | None = getattr(self, what)
         try:
-            return TlsContext(server=server, pem=pem, shared=shared, ktls=self.ktls)
-        except KernelError as error:
-            raise ConfigError(f"{error} ({self.certificate}, {self.key}, {self.ca})") from None
+            yield path
+        except (OSError, ValueError, KernelError) as error:
+            assert path
+            raise ConfigError(f"{self.place(what, path)}: {reason(error)}") from None
 
 
 class Credentials:
@@ -61,25 +80,19 @@ class Credentials:
     def __init__(self, files: Files, *, server: bool) -> None:
         self._files = files
         self._server = server
-        self._stamp = self._look()
+        self._stamp = files.stamp()
         self._context = self._load()
 
     def context(self) -> TlsContext:
         """For the next connection."""
         try:
-            stamp = self._look()
+            stamp = self._files.stamp()
             if stamp != self._stamp:
                 self._context = self._load()
                 self._stamp = stamp
         except ConfigError as error:
             log.error("the old certificates and keys stay: %s", error, extra={"once": str(error), "every": 60.0})
         return self._context
-
-    def _look(self) -> Stamp:
-        try:
-            return self._files.stamp()
-        except OSError as error:
-            raise ConfigError(f"{error.filename}: {error.strerror}") from None
 
     def _load(self) -> TlsContext:
         context = self._files.load(server=self._server)
@@ -92,39 +105,37 @@ class Credentials:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return _content(path, file.fileno())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    with path.open("rb") as file:
+        return _content(file.fileno())
 
 
 def _read_secret(path: Path) -> bytes:
     """The same for what nobody else may read."""
-    try:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o077:
-                raise ConfigError(
-                    f"{path}: mode {stat.S_IMODE(info.st_mode):04o}, owner {info.st_uid}: a key must be readable by"
-                    f" the user that we run as alone (uid {os.geteuid()}, mode 0400 or 0600)"
-                )
-            return _content(path, file.fileno())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    with path.open("rb") as file:
+        info = os.fstat(file.fileno())
+        if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o077:
+            raise ValueError(
+                f"mode {stat.S_IMODE(info.st_mode):04o}, owner {info.st_uid}: a key must be readable by the user that"
+                f" we run as alone (uid {os.geteuid()}, mode 0400 or 0600)"
+            )
+        return _content(file.fileno())
 
 
-def _content(path: Path, fd: int) -> bytes:
+# In the order in which they are read: a key is compared with its certificate.
+READERS = {"certificate": _read, "key": _read_secret, "ca": _read, "psk": _read_secret}
+
+
+def _content(fd: int) -> bytes:
     data = os.read(fd, MAX_FILE)
     if not data or len(data) == MAX_FILE:
-        raise ConfigError(f"{path}: {'empty' if not data else f'more than {MAX_FILE} bytes'}")
+        raise ValueError("empty" if not data else f"more than {MAX_FILE} bytes")
     return data
 
 
-def _parse_keys(path: Path) -> dict[str, bytes]:
+def _parse_keys(text: bytes) -> dict[str, bytes]:
     """Lines `name:key`, the key in hexadecimal digits. What a line holds is not told: it is a secret."""
     keys: dict[str, bytes] = {}
-    for number, line in enumerate(_read_secret(path).decode(errors="replace").splitlines(), 1):
+    for number, line in enumerate(text.decode(errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, digits = line.strip().rpartition(":")
@@ -133,10 +144,10 @@ def _parse_keys(path: Path) -> dict[str, bytes]:
         except ValueError:
             key = b""
         if not (name.isascii() and name.isprintable() and 0 < len(name) <= 255) or name in keys:
-            raise ConfigError(f"{path}: line {number}: must be name:key, each name once, of at most 255 characters")
+            raise ValueError(f"line {number}: must be name:key, each name once, of at most 255 characters")
         if not MIN_KEY <= len(key) <= MAX_KEY:
-            raise ConfigError(f"{path}: line {number}: the key must have {2 * MIN_KEY} to {2 * MAX_KEY} hex digits")
+            raise ValueError(f"line {number}: the key must have {2 * MIN_KEY} to {2 * MAX_KEY} hex digits")
         keys[name] = key
     if not keys:
-        raise ConfigError(f"{path}: no keys")
+        raise ValueError("no keys: a line name:key each")
     return keys

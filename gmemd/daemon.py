@@ -13,7 +13,7 @@ import trio
 from gmemd import admission, holder, notify, status
 from gmemd.callers import VmmRules
 from gmemd.config import Address, Config
-from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError, reason
+from gmemd.errors import DataError, GmemdError, UnavailableError, reason
 from gmemd.keeping import Kept, Stranded, sort_out, take_ends
 from gmemd.listen import take_descriptors
 from gmemd.metrics import collect
@@ -71,7 +71,7 @@ class Daemon:
             Chooser(paging.populate),
             store,
             trio.CapacityLimiter(paging.lane_threads or os.cpu_count() or 1),
-            VmmRules(config.vmms),
+            VmmRules(config),
             Places(HANDING_OFF, OF_ONE_USER),
         )
         self.sources = SourceConnections(
@@ -158,7 +158,7 @@ class Daemon:
 
     def _unix(self, path: Path, kind: socket.SocketKind) -> socket.socket:
         config = self.config.daemon
-        group = _group_id(config.socket_group)
+        group = _group_id(self.config)
         sock = socket.socket(socket.AF_UNIX, kind)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,12 +261,13 @@ def _name(listener: trio.socket.SocketType) -> str:
     return str(Address(*listener.getsockname()[:2]))
 
 
-def _group_id(name: str) -> int:
+def _group_id(config: Config) -> int:
     """-1 is no change."""
+    name = config.daemon.socket_group
     try:
         return grp.getgrnam(name).gr_gid if name else -1
     except KeyError:
-        raise ConfigError(f"socket_group = {name!r}: no such group") from None
+        raise config.wrong("daemon", "socket_group", "no such group on this host: make it, or name another") from None
 
 
 def _remove_stale(path: Path, kind: socket.SocketKind) -> None:

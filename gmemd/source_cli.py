@@ -145,6 +145,10 @@ def _add_tls(top: argparse.ArgumentParser) -> None:
 
 def _secured(options: argparse.Namespace, host: str) -> Secured | None:
     """How to connect: None for plain text."""
+    given = {"--certificate": options.certificate, "--key": options.key, "--ca": options.ca}
+    missing = [name for name, path in given.items() if path is None]
+    if 0 < len(missing) < len(given):
+        raise UsageError(f"--certificate, --key and --ca go together: {' and '.join(missing)} must be given, too")
     files = Files(
         certificate=options.certificate, key=options.key, ca=options.ca, psk=options.psk, ktls=not options.no_ktls
     )

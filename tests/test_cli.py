@@ -84,6 +84,10 @@ BASE = ("127.0.0.1:1", "--migration", "m", "--file", "/dev/null")
         ((*BASE, "--gpa", "-4096"), "--gpa -0x1000: 0 to 2^63 - 1"),
         ((*BASE, "--gpa", "0x8000000000000000"), "--gpa 0x8000000000000000: 0 to 2^63 - 1"),
         ((*BASE, "--rate", "fast"), "--rate fast: must be a size"),
+        (
+            (*BASE, "--certificate", "/c.pem"),
+            "--certificate, --key and --ca go together: --key and --ca must be given, too",
+        ),
     ],
 )
 def test_gmemd_source_asked_wrongly(run: Run, arguments: Sequence[str], error: str) -> None:
@@ -142,7 +146,11 @@ def test_nobody_listens(run: Run, tmp_path: Path, host: str, error: str, expect_
         ("[network]\nlistne = '127.0.0.1:1'\n", "[network] listne: no such key; the nearest is listen in [network]"),
         ("[netwrok]\n", "netwrok: no such table; the nearest is [network]"),
         ("[network]\nlisten = 5\n", "[network] listen = 5: must be a string"),
-        ("[daemon]\nsocket_group = 'nobody-is-called-so'\n", "socket_group = 'nobody-is-called-so': no such group"),
+        (
+            "[daemon]\nsocket_group = 'nobody-is-called-so'\n",
+            '[daemon] socket_group = "nobody-is-called-so": no such group on this host: ',
+        ),
+        ("[vmms]\n'web-*' = ['root', 'x-y']\n", '[vmms] web-* = ["root", "x-y"]: no user x-y on this host: '),
         ("x", "Expected '=' after a key"),
     ],
 )
@@ -153,7 +161,7 @@ def test_a_wrong_configuration(run: Run, tmp_path: Path, text: str, error: str) 
     told = run(GMEMD, "serve", "--config", path)
     assert (told.code, told.out) == (os.EX_CONFIG, "")
     assert error in told.errors
-    assert told.errors.startswith("gmemd: ")
+    assert told.errors.startswith(f"gmemd: {path}: ")
     assert told.errors.count("\n") == 1
 
 

@@ -76,7 +76,7 @@ MISTAKES = {
     "[network": "(at end of document)",
     "vmms = 1": "vmms: must be a table, [vmms]",
     '[vmms]\n"web-*" = "vmm"': '[vmms] web-* = "vmm": must be a list of names, such as',
-    '[tls]\ncertificate = "/c.pem"': "[tls] certificate, key and ca go together",
+    '[tls]\ncertificate = "/c.pem"': "[tls] certificate, key and ca go together: key and ca must be given",
     '[daemon]\nsocket = "/run/gmemd/status.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
     '[daemon]\nmetrics = "/run/gmemd/gmemd.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
     '[tls]\npeers = "src"': '[tls] peers = "src": must be a list of names, such as',

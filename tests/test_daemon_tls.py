@@ -291,30 +291,44 @@ async def test_a_stale_epoch(guarded: DaemonProcess, hosts: Hosts) -> None:
     assert told == wire.Refused("lane 0: no migration vm-9 here")
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ('tls = "require"\n', "[tls] has neither a certificate nor a psk"),
-        ('[tls]\npsk = "{psk}"\n', "[tls] peers is empty"),
-        ('[tls]\npeers = ["*"]\npsk = "{open}"\n', r"open: mode 0644, owner 0: a key must be readable by the user"),
-        ('[tls]\npeers = ["*"]\npsk = "{short}"\n', "short: line 1: the key must have 32 to 128 hex digits"),
-        ('[tls]\npeers = ["*"]\npsk = "{none}"\n', "none: No such file or directory"),
-    ],
-)
-def test_what_is_refused_at_start(hosts: Hosts, tmp_path: Path, settings: str, error: str) -> None:
-    paths = {name: tmp_path / name for name in ("open", "short", "none")}
-    paths["open"].write_text(f"pair:{KEY}\n")
-    paths["open"].chmod(0o644)
-    secret(paths["short"], "pair:0011\n")
-    with pytest.raises(ConfigError) as caught:
-        admission_of(settings.format(psk=hosts.psk, **paths), "127.0.0.1")
-    assert error.replace("owner 0", f"owner {os.getuid()}") in str(caught.value)
+def with_files(**files: Path) -> str:
+    return '[tls]\npeers = ["*"]\n' + "".join(f'{key} = "{path}"\n' for key, path in files.items())
+
+
+def test_what_is_refused_at_start(hosts: Hosts, tmp_path: Path) -> None:
+    """Each with the file that says so, the key there, its value, and what is wrong with that."""
+    wide, short, none = (tmp_path / name for name in ("wide", "short", "none"))
+    wide.write_text(f"pair:{KEY}\n")
+    wide.chmod(0o644)
+    secret(short, "pair:0011\n")
+    good, other = hosts.dst._asdict(), hosts.src
+    for settings, place, why in (
+        ('tls = "require"\n', '[network] tls = "require"', "sources that come to 127.0.0.1 need TLS, and [tls] has"),
+        (f'[tls]\npsk = "{hosts.psk}"\n', "[tls] peers = []", "nobody could come; name who may: "),
+        (with_files(psk=wide), f'[tls] psk = "{wide}"', f"mode 0644, owner {os.getuid()}: a key must be readable"),
+        (with_files(psk=short), f'[tls] psk = "{short}"', "line 1: the key must have 32 to 128 hex digits"),
+        (with_files(psk=none), f'[tls] psk = "{none}"', "No such file or directory"),
+        (with_files(**good | {"ca": none}), f'[tls] ca = "{none}"', "No such file or directory"),
+        (with_files(**good | {"ca": wide}), f'[tls] ca = "{wide}"', "no certificates in PEM"),
+        (with_files(**good | {"key": other.key}), f'[tls] key = "{other.key}"', "not the key of the certificate: "),
+        (with_files(**good | {"certificate": wide}), f'[tls] certificate = "{wide}"', "not a certificate in PEM"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            admission_of(settings, "127.0.0.1")
+        assert str(caught.value).startswith(f"/here/gmemd.toml: {place}: {why}")
+
+
+@pytest.mark.parametrize("what", ["certificate", "key", "ca"])
+def test_a_source_that_is_given_a_wrong_file(hosts: Hosts, tmp_path: Path, what: str) -> None:
+    files = hosts.src._asdict() | {what: secret(tmp_path / "wrong", "nonsense")}
+    with pytest.raises(ConfigError, match=f"^--{what} {tmp_path}/wrong: no.* in PEM"):
+        Credentials(Files(**files), server=False)
 
 
 def admission_of(settings: str, host: str) -> object:
     from gmemd import admission, config
 
-    return admission.for_listener(config.parse("[network]\n" + settings), host)
+    return admission.for_listener(config.parse("[network]\n" + settings, Path("/here/gmemd.toml")), host)
 
 
 def test_plain_text_has_to_be_meant_twice(expect_log: Callable[[str], None]) -> None:

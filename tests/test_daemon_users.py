@@ -172,7 +172,7 @@ def test_the_sockets_mode_keeps_others_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("user", ["nobody-of-that-name"])
 def test_a_rule_for_nobody(folder: Path, user: str) -> None:
-    with pytest.raises(AssertionError, match=rf"\[vmms\] '{user}': no such user"):
+    with pytest.raises(AssertionError, match=rf"gmemd\.toml: \[vmms\] \* = .*: no user {user} on this host"):
         DaemonProcess(folder, f'[vmms]\n"*" = ["{user}"]\n')
 
 

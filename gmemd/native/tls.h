@@ -40,9 +40,12 @@ struct gm_tls;         /* one connection */
  * the directions that it and OpenSSL can. */
 struct gm_tls_context *gm_tls_context_new(int server, int ktls, struct gm_problem *ret);
 void gm_tls_context_free(struct gm_tls_context *c);
-/* PEM: our certificate with those between it and the root, its key, and the certificates that the peer's must come from. */
-int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, const char *key, const char *ca,
-                           struct gm_problem *ret);
+/* PEM: our certificate, with those between it and the root. */
+int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, struct gm_problem *ret);
+/* PEM: the key of the certificate, which comes first. */
+int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm_problem *ret);
+/* PEM: the certificates that the peer's must come from. */
+int gm_tls_context_trust(struct gm_tls_context *c, const char *ca, struct gm_problem *ret);
 /* One more key that a peer may share with us. A client has one. */
 int gm_tls_context_share(struct gm_tls_context *c, const char *name, const unsigned char *key, uint32_t length,
                          struct gm_problem *ret);

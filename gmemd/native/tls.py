@@ -26,6 +26,13 @@ class Pem(NamedTuple):
     ca: bytes
 
 
+TAKE = {
+    "certificate": lib.gm_tls_context_certify,
+    "key": lib.gm_tls_context_give_key,
+    "ca": lib.gm_tls_context_trust,
+}
+
+
 class TlsContext:
     """What the sessions of one end have in common. `shared`: the pre-shared keys by name; a client has one. `ktls`: the
     kernel may do what it can of it."""
@@ -34,10 +41,18 @@ class TlsContext:
         self, *, server: bool, pem: Pem | None = None, shared: Mapping[str, bytes] | None = None, ktls: bool = True
     ) -> None:
         self.native: Any = ffi.gc(checked(lib.gm_tls_context_new, server, ktls), lib.gm_tls_context_free)
-        if pem:
-            check(lib.gm_tls_context_certify, self.native, *pem)
+        for what, text in (pem._asdict() if pem else {}).items():
+            self.take(what, text)
         for name, key in (shared or {}).items():
-            check(lib.gm_tls_context_share, self.native, name.encode(), key, len(key))
+            self.share(name, key)
+
+    def take(self, what: str, text: bytes) -> None:
+        """One file of PEM: `what` of Pem it is, in the order that it has there."""
+        check(TAKE[what], self.native, text)
+
+    def share(self, name: str, key: bytes) -> None:
+        """One more pre-shared key."""
+        check(lib.gm_tls_context_share, self.native, name.encode(), key, len(key))
 
     def describe(self) -> tuple[str, float]:
         """Our certificate for people, and for how many seconds it is still valid; "" without one."""

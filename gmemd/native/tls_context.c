@@ -138,7 +138,7 @@ static int blame(struct gm_problem *ret, const char *what)
     const char *why = ERR_reason_error_string(error);
 
     ERR_clear_error();
-    return gm_blame(ret, GM_KERNEL, 0, "TLS: %s%s%s", what, why ? ": " : "", why ? why : "");
+    return gm_blame(ret, GM_KERNEL, 0, "%s%s%s", what, why ? ": " : "", why ? why : "");
 }
 
 static bool set_up(SSL_CTX *ssl, bool ktls)
@@ -168,7 +168,7 @@ struct gm_tls_context *gm_tls_context_new(int server, int ktls, struct gm_proble
         c->ssl = SSL_CTX_new(server ? TLS_server_method() : TLS_client_method());
     }
     if (!c || !c->ssl || !set_up(c->ssl, ktls)) {
-        blame(ret, "cannot be set up");
+        blame(ret, "TLS cannot be set up");
         gm_tls_context_free(c);
         return NULL;
     }
@@ -225,23 +225,31 @@ static int add_roots(SSL_CTX *ssl, const char *pem)
     return count;
 }
 
-int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, const char *key, const char *ca,
-                           struct gm_problem *ret)
+int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, struct gm_problem *ret)
 {
-    auto_of(BIO_free_all) BIO *certificates = BIO_new_mem_buf(certificate, -1);
-    auto_of(BIO_free_all) BIO *keys = BIO_new_mem_buf(key, -1);
-    auto_of(X509_free) X509 *own = certificates ? next_certificate(certificates) : NULL;
-    auto_of(EVP_PKEY_free) EVP_PKEY *private = keys ? PEM_read_bio_PrivateKey(keys, NULL, no_password, NULL) : NULL;
+    auto_of(BIO_free_all) BIO *from = BIO_new_mem_buf(certificate, -1);
+    auto_of(X509_free) X509 *own = from ? next_certificate(from) : NULL;
 
-    if (!own || SSL_CTX_use_certificate(c->ssl, own) != 1 || !add_chain(c->ssl, certificates))
-        return blame(ret, "certificate: not one in PEM");
-    if (!private)
-        return blame(ret, "key: not one in PEM, without a password");
-    if (SSL_CTX_use_PrivateKey(c->ssl, private) != 1 || SSL_CTX_check_private_key(c->ssl) != 1)
-        return blame(ret, "key: not that of the certificate");
-    if (add_roots(c->ssl, ca) <= 0)
-        return blame(ret, "ca: no certificates in PEM");
+    if (!own || SSL_CTX_use_certificate(c->ssl, own) != 1 || !add_chain(c->ssl, from))
+        return blame(ret, "not a certificate in PEM");
     return 0;
+}
+
+int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm_problem *ret)
+{
+    auto_of(BIO_free_all) BIO *from = BIO_new_mem_buf(key, -1);
+    auto_of(EVP_PKEY_free) EVP_PKEY *own = from ? PEM_read_bio_PrivateKey(from, NULL, no_password, NULL) : NULL;
+
+    if (!own)
+        return blame(ret, "not a key in PEM, without a password");
+    if (SSL_CTX_use_PrivateKey(c->ssl, own) != 1 || SSL_CTX_check_private_key(c->ssl) != 1)
+        return blame(ret, "not the key of the certificate");
+    return 0;
+}
+
+int gm_tls_context_trust(struct gm_tls_context *c, const char *ca, struct gm_problem *ret)
+{
+    return add_roots(c->ssl, ca) > 0 ? 0 : blame(ret, "no certificates in PEM");
 }
 
 int gm_tls_context_share(struct gm_tls_context *c, const char *name, const unsigned char *key, uint32_t length,

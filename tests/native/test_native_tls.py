@@ -350,9 +350,9 @@ def test_a_full_socket_and_much_to_say(pair: tuple[socket.socket, socket.socket]
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p: p._replace(certificate=b"nonsense"), r"certificate: not one in PEM"),
-        (lambda p: p._replace(key=b"nonsense"), r"key: not one in PEM"),
-        (lambda p: p._replace(ca=b"nonsense"), r"ca: no certificates in PEM"),
+        (lambda p: p._replace(certificate=b"nonsense"), "not a certificate in PEM"),
+        (lambda p: p._replace(key=b"nonsense"), "not a key in PEM"),
+        (lambda p: p._replace(ca=b"nonsense"), "no certificates in PEM"),
     ],
 )
 def test_bad_files(hosts: Hosts, spoil: object, message: str) -> None:
@@ -361,7 +361,7 @@ def test_bad_files(hosts: Hosts, spoil: object, message: str) -> None:
 
 
 def test_key_of_another(hosts: Hosts) -> None:
-    with pytest.raises(KernelError, match="key: not that of the certificate"):
+    with pytest.raises(KernelError, match="not the key of the certificate"):
         TlsContext(server=True, pem=pem(hosts.dst)._replace(key=hosts.src.key.read_bytes()))
 
 
