@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gmemd import __version__, config, errors, log
+from gmemd import __version__, config, errors, log, streams
 from gmemd.examples import epilog
 from gmemd.keeping import guests_are_kept
 
@@ -25,46 +25,55 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with EX_USAGE, as documented, where argparse would end with 2. Its help ends with examples."""
+    """Ends with one line and EX_USAGE, as documented, where argparse would show all options and end with 2. Its help
+    ends with examples."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Help, **options)
         self.epilog = epilog(self.prog)
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(errors.UsageError.exit_code, f"{self.prog}: {message}\n")
+        self.exit(errors.UsageError.exit_code, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | None) -> int:
-    """Runs a command: an error of ours becomes one line and its exit code, anything else a traceback."""
+    """Runs a command: what people can mend becomes one line and its exit code, anything else a traceback."""
+    streams.mend()
     try:
-        return main(parser.parse_args(arguments))
-    except errors.GmemdError as error:
-        return _report(parser, error)
-    except BaseExceptionGroup as group:
-        if group.split(KeyboardInterrupt)[1] is None:
-            return INTERRUPTED
-        expected, bugs = group.split(errors.GmemdError)
-        if expected is None or bugs is not None:
-            raise
-        return _report(parser, _first(expected))
+        code = main(parser.parse_args(arguments))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Who reads our output has enough. What is left of it must not fail once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever reads it has enough
         return UNHEARD
+    except (errors.GmemdError, OSError) as error:
+        told = errors.for_people(error)
+        if told is None:
+            raise
+    except BaseExceptionGroup as group:
+        if group.split(KeyboardInterrupt)[1] is None:
+            return INTERRUPTED
+        expected, bugs = group.split(lambda error: errors.for_people(error) is not None)
+        told = errors.for_people(_first(expected)) if expected and not bugs else None
+        if told is None:
+            raise
+    _drop_output()
+    print(f"{parser.prog}: {told}", file=sys.stderr)
+    return told.exit_code
 
 
-def _report(parser: argparse.ArgumentParser, error: errors.GmemdError) -> int:
-    print(f"{parser.prog}: {error}", file=sys.stderr)
-    return error.exit_code
+def _drop_output() -> None:
+    """What cannot be written must not fail once more when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _first(group: BaseExceptionGroup[errors.GmemdError]) -> errors.GmemdError:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def serve(options: argparse.Namespace) -> int:

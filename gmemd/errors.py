@@ -4,6 +4,7 @@ An error that is one of these has a message for people: what, where, whose fault
 one line. Any other exception is a bug of ours and keeps its traceback.
 """
 
+import errno
 import os
 
 SIGNALLED = 128  # exit codes of commands that a signal has ended, as shells have them: and its number
@@ -96,3 +97,24 @@ class AbandonedError(GmemdError):
     """The migration was given up on purpose, or its VMM is gone."""
 
     exit_code = os.EX_UNAVAILABLE
+
+
+# What a system call finds wanting that the caller did not look at: no bug, and not the caller's job to tell.
+WANTING = {
+    errno.EMFILE: "raise the limit of descriptors (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "raise fs.file-max (sysctl)",
+    errno.ENOMEM: "free some, or ask for less",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+}
+
+
+def for_people(error: BaseException) -> GmemdError | None:
+    """An error as a command tells it; None for a bug of ours."""
+    if isinstance(error, GmemdError):
+        return error
+    if isinstance(error, OSError) and error.errno in WANTING:
+        where = f"{error.filename}: " if error.filename else ""
+        return UnavailableError(f"{where}{reason(error)}: {WANTING[error.errno]}")
+    return None

@@ -263,3 +263,50 @@ def test_an_error_is_one_line_of_a_process_too() -> None:
     told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (told.returncode, told.stdout) == (os.EX_DATAERR, "")
     assert told.stderr == "gmemd-source: /nowhere: No such file or directory\n"
+
+
+def told_by_shell(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """What a shell's line says; `gmemd` is ours."""
+    ours = f"python() {{ {sys.executable} \"$@\"; }}; gmemd() {{ python -m gmemd.cli \"$@\"; }}\n"
+    environ = os.environ | {"TMPDIR": str(directory)}
+    return subprocess.run(["bash", "-c", ours + line], env=environ, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_nothing_can_be_written(tmp_path: Path) -> None:
+    told = told_by_shell("gmemd serve --dump-config >/dev/full", tmp_path)
+    assert told.returncode == os.EX_UNAVAILABLE
+    assert told.stderr == "gmemd: No space left on device: free some space\n"
+
+
+def test_nobody_reads_any_more(tmp_path: Path) -> None:
+    told = told_by_shell("gmemd serve --dump-config | true; exit ${PIPESTATUS[0]}", tmp_path)
+    assert (told.returncode, told.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
+    """What is told goes nowhere else instead, and no file takes their place."""
+    refused = told_by_shell(f"gmemd status --socket {tmp_path} {closed}", tmp_path)
+    assert (refused.returncode, refused.stdout) == (os.EX_UNAVAILABLE, "")
+    opened = "import os, sys; from gmemd import streams; streams.mend(); sys.exit(os.open('/dev/null', os.O_RDONLY))"
+    assert told_by_shell(f'python -c "{opened}" {closed}', tmp_path).returncode > 2
+
+
+def test_a_locale_without_the_letter() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "gmemd.source_cli", "--help"],
+        env={"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=PATIENCE,
+        cwd=Path(cli.__file__).parents[1],
+    )
+    assert told.returncode == 0
+    assert rb"in \xb5s" in told.stdout
+
+
+@pytest.mark.parametrize(("limit", "line"), [(7, "gmemd serve"), (16, "gmemd demo --memory 16M")])
+def test_too_few_descriptors(tmp_path: Path, limit: int, line: str) -> None:
+    """For the event loop itself, and for a process that one of its tasks starts."""
+    told = told_by_shell(f"ulimit -n {limit}; {line}", tmp_path)
+    assert told.returncode == os.EX_UNAVAILABLE, told.stderr
+    assert re.fullmatch("gmemd: .*Too many open files: raise the limit of descriptors .*\n", told.stderr)
