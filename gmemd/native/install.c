@@ -14,6 +14,7 @@
  *   a lane announces its frame in its slot before it claims, and between populating and marking waits until nobody is reading. A
  *   removal whose punch may have come before the populate was read before it, so its note is there by then, and the lane takes the
  *   page out again before anybody can see it;
+ *   what cannot be taken out stays claimed, unseen, and noted in the slot, also for a successor: the lane goes on once it is out;
  *   a removal that is read later is punched later, and needs nobody's help;
  *   but a lane that gives its claim back would leave the page missing, and a note that comes too late would be lost with it. So it
  *   keeps the pager from reading until the page is either missing or, if it was removed, received.
@@ -61,13 +62,83 @@ void gm_install_events_end(struct gm_destination *d)
     atomic_fetch_sub(&d->reading, 1);
 }
 
-void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
-                      uint64_t first, unsigned count)
+/* Sets the received bits, and only then lets vCPUs pass. Returns how many pages were not received before. */
+static uint64_t receive(struct gm_region *r, uint64_t first, uint64_t count)
 {
+    uint64_t pages = gm_bitmap_set(r->received, first, count);
+
+    if (r->userfault)
+        gm_bitmap_clear(r->userfault, first, count);
+    return pages;
+}
+
+/* Tells the event loop when nothing is missing any more. */
+static void count_received(struct gm_destination *d, uint64_t pages)
+{
+    struct gm_memory *m = d->memory;
+
+    if (pages && atomic_fetch_add(&m->received, pages) + pages == m->pages)
+        gm_destination_tell(d, GM_EVENT_COMPLETE, NULL);
+}
+
+static uint64_t receive_all(struct gm_region *r, uint64_t first, uint64_t mask)
+{
+    uint64_t pages = 0;
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(mask, &at)); at += run)
+        pages += receive(r, first + at, run);
+    return pages;
+}
+
+/* Takes out what the VMM removed. Returns what of it is there still. */
+static uint64_t take_out(const struct gm_region *r, uint64_t first, uint64_t removed, struct gm_problem *ret)
+{
+    uint64_t left = 0;
+    unsigned run;
+
+    for (unsigned at = 0; (run = gm_mask_run(removed, &at)); at += run) {
+        uint64_t page = first + at;
+        int error = gm_memfile_punch(r->fd, gm_file_offset(r, page), gm_bytes(r, run));
+
+        if (!error)
+            continue;
+        left |= gm_ones(at, run);
+        gm_blame(ret, error == -EPERM ? GM_VMM : GM_KERNEL, -error,
+                 "region %u: pages %llu to %llu, which the VMM removed while they came, cannot be cleared", r->index,
+                 (unsigned long long)page, (unsigned long long)(page + run - 1));
+    }
+    return left;
+}
+
+/* What the frame before has left to be taken out. */
+static int finish_former(struct gm_destination *d, unsigned lane, struct gm_problem *ret)
+{
+    struct gm_inflight *slot = &d->memory->state->inflight[lane];
+    struct gm_span former = gm_span_read(atomic_load(&slot->span));
+    struct gm_region *r = &d->memory->region[former.region];
+    uint64_t left = take_out(r, former.first, d->unfinished[lane], ret);
+    uint64_t cleared = d->unfinished[lane] & ~left;
+
+    d->unfinished[lane] = left;
+    count_received(d, receive_all(r, former.first, cleared));
+    gm_destination_kick(d);
+    if (left)
+        return -1;
+    atomic_store(&slot->span, 0);
+    return 0;
+}
+
+int gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
+                     uint64_t first, unsigned count, struct gm_problem *ret)
+{
+    if (d->unfinished[lane] && finish_former(d, lane, ret) < 0)
+        return -1;
     *in = (struct gm_install){
         .destination = d,
         .region = r,
         .slot = &d->memory->state->inflight[lane],
+        .unfinished = &d->unfinished[lane],
         .first = first,
         .count = count,
         .began_ns = lane ? 0 : gm_now_ns(),
@@ -78,6 +149,7 @@ void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned 
     in->claimed = gm_bitmap_claim(r->claimed, first, count);
     GM_COUNT(d, dropped_pages, (unsigned)__builtin_popcountll(gm_ones(0, count) & ~in->claimed));
     gm_kill_point("claimed", 0);
+    return 0;
 }
 
 static bool cut_short(const struct gm_region *r, uint64_t end)
@@ -151,47 +223,29 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
     return 0;
 }
 
-/* Sets the received bits, and only then lets vCPUs pass. Returns how many pages were not received before. */
-static uint64_t receive(struct gm_region *r, uint64_t first, uint64_t count)
-{
-    uint64_t pages = gm_bitmap_set(r->received, first, count);
-
-    if (r->userfault)
-        gm_bitmap_clear(r->userfault, first, count);
-    return pages;
-}
-
-/* Tells the event loop when nothing is missing any more. */
-static void count_received(struct gm_destination *d, uint64_t pages)
-{
-    struct gm_memory *m = d->memory;
-
-    if (pages && atomic_fetch_add(&m->received, pages) + pages == m->pages)
-        gm_destination_tell(d, GM_EVENT_COMPLETE, NULL);
-}
-
-/* Takes out again what the VMM removed while it was in flight: those pages are received, as holes. */
+/* Takes out again what the VMM removed while it was in flight: those pages are received, as holes. What cannot be taken out is no longer
+ * in `claimed`, and nobody else claims it. */
 static uint64_t drop_removed(struct gm_install *in)
 {
-    struct gm_region *r = in->region;
+    struct gm_problem problem;
     uint64_t removed;
-    unsigned run;
 
     wait_for_events(in->destination);
     removed = atomic_load(&in->slot->removed) & in->claimed;
-    for (unsigned at = 0; (run = gm_mask_run(removed, &at)); at += run)
-        gm_memfile_punch(r->fd, gm_file_offset(r, in->first + at), gm_bytes(r, run));
+    *in->unfinished = take_out(in->region, in->first, removed, &problem);
+    if (*in->unfinished)
+        gm_destination_tell(in->destination, GM_EVENT_STUCK, &problem);
+    in->claimed &= ~*in->unfinished;
     return removed;
 }
 
 static void mark(struct gm_install *in, uint64_t mask)
 {
-    uint64_t pages = 0;
-    unsigned run;
+    uint64_t pages = receive_all(in->region, in->first, mask);
 
-    for (unsigned at = 0; (run = gm_mask_run(mask, &at)); at += run)
-        pages += receive(in->region, in->first + at, run);
-    atomic_store(&in->slot->span, 0);
+    /* A successor finds there what is left to be taken out. */
+    if (!*in->unfinished)
+        atomic_store(&in->slot->span, 0);
     count_received(in->destination, pages);
 }
 
@@ -266,7 +320,7 @@ bool gm_install_give_up(struct gm_install *in)
     removed = drop_removed(in);
     atomic_store(&in->region->soiled, true);
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
-    mark(in, removed);
+    mark(in, removed & in->claimed);
     atomic_fetch_sub(&d->giving_up, 1);
     if (removed && gm_waits_any(&d->waits))
         gm_destination_kick(d);

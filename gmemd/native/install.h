@@ -12,13 +12,14 @@ struct gm_install {
     uint64_t first;
     unsigned count;
     uint64_t claimed;
+    uint64_t *unfinished; /* the lane's, of gm_destination */
     bool hole; /* what was put in place are zeros */
     uint64_t began_ns; /* on the urgent lane, else 0 */
 };
 
-/* Announces the frame in the lane's slot and claims its missing pages. */
-void gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
-                      uint64_t first, unsigned count);
+/* Announces the frame in the lane's slot and claims its missing pages. Fails while the frame before is unfinished. */
+int gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
+                     uint64_t first, unsigned count, struct gm_problem *ret);
 
 /* Around reading events and acting upon them. */
 void gm_install_events_begin(struct gm_destination *d);

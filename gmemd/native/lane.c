@@ -129,6 +129,14 @@ static bool worth_keeping(const struct gm_lane *lane, const struct gm_problem *p
     return lane->index && (problem->error == ENOSPC || problem->error == ENOMEM);
 }
 
+/* Returns false: they are not in place. */
+static bool stuck(struct gm_lane *lane, bool keep, const struct gm_problem *problem)
+{
+    lane->held = keep;
+    gm_destination_tell(lane->destination, GM_EVENT_STUCK, problem);
+    return false;
+}
+
 /* Returns whether they are in place. */
 static bool install_piece(struct gm_lane *lane, struct gm_region *r, uint64_t first, unsigned count,
                           const unsigned char *content)
@@ -138,12 +146,11 @@ static bool install_piece(struct gm_lane *lane, struct gm_region *r, uint64_t fi
     struct gm_problem problem;
     struct gm_install in;
 
-    gm_install_begin(&in, d, lane->index, r, first, count);
+    if (gm_install_begin(&in, d, lane->index, r, first, count, &problem) < 0)
+        return stuck(lane, lane->index, &problem);
     if (gm_install_populate(&in, content, &problem) < 0) {
         gm_install_give_up(&in);
-        lane->held = worth_keeping(lane, &problem);
-        gm_destination_tell(d, GM_EVENT_STUCK, &problem);
-        return false;
+        return stuck(lane, worth_keeping(lane, &problem), &problem);
     }
     gm_stamp(stages, GM_STAGE_POPULATED, r->index, first);
     gm_install_finish(&in);

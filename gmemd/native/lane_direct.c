@@ -176,7 +176,10 @@ int gm_lane_install_direct(struct gm_lane *lane, struct gm_problem *ret)
     if (ready <= 0)
         return ready < 0 ? -1 : lane->buffered;
     gm_stamp(stages, GM_STAGE_ARRIVED, f->region, f->first);
-    gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count);
+    /* The buffer may wait until the frame before is finished. */
+    lane->buffered = gm_install_begin(&in, d, lane->index, &d->memory->region[f->region], f->first, f->count, ret) < 0;
+    if (lane->buffered)
+        return 1;
     error = take_payload(lane, &in, &payload);
     if (error) {
         gm_install_give_up(&in);

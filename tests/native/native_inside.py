@@ -111,7 +111,8 @@ class Install:
     def __init__(self, destination: Destination, lane: int, first: int, count: int) -> None:
         self._in: Any = ffi.new("struct gm_install *")
         self._problem = ffi.new("struct gm_problem *")
-        inside.gm_install_begin(self._in, _native_of(destination), lane, _region_of(destination), first, count)
+        where = (_native_of(destination), lane, _region_of(destination), first, count)
+        assert inside.gm_install_begin(self._in, *where, self._problem) == 0
 
     @property
     def claimed(self) -> set[int]:

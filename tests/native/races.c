@@ -177,11 +177,13 @@ int race_removal(struct gm_destination *destination, unsigned lane)
         return -1;
     take_cpu(0);
     for (uint64_t page = 0; page < r.pages; page++) {
+        struct gm_problem problem;
         struct gm_install in;
 
         in_step(&r, 0, 2 * page + 1);
         a_moment(&random);
-        gm_install_begin(&in, destination, lane, region, page, 1);
+        if (gm_install_begin(&in, destination, lane, region, page, 1, &problem) < 0)
+            return -1;
         in_step(&r, 0, 2 * page + 2);
         lost += in.claimed && !in.slot->removed;
         gm_install_finish(&in);

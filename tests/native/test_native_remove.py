@@ -1,10 +1,12 @@
 """Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
 
 import mmap
+import os
 import random
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,11 +26,12 @@ from native_rig import (
     libc,
     libc_ffi,
     paged,
+    told,
     until,
 )
 
 from gmemd.native import crc32c
-from gmemd.native.memory import Populate, Verdict
+from gmemd.native.memory import Memory, Populate, Verdict
 
 if TYPE_CHECKING:
     from native_races import Races
@@ -107,8 +110,11 @@ def test_a_range_of_many_words_is_removed() -> None:
 STEPS = ["begin", "populate", "end"]
 
 
+endings = pytest.mark.parametrize("ending", ["finish", "give up"])
+
+
 @ways
-@pytest.mark.parametrize("ending", ["finish", "give up"])
+@endings
 @pytest.mark.parametrize("removed_before", [*STEPS, "nothing"])
 def test_removed_at_any_step_of_an_install(way: Way, ending: str, removed_before: str) -> None:
     """Of four pages in flight two are removed, before each of the steps: they are zero, and stay so."""
@@ -201,6 +207,67 @@ def test_who_waits_for_a_page_removed_from_a_claim_that_is_given_back() -> None:
         balloon(guest, 5)
         steps.give_up()
         assert reader.result() == bytes(PAGE)
+
+
+@contextmanager
+def read_only(fd: int) -> Iterator[None]:
+    """Nothing can be punched out of the file meanwhile, and nothing be written to it."""
+    before = os.dup(fd)
+    only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(only, fd, inheritable=False)
+    os.close(only)
+    try:
+        yield
+    finally:
+        os.dup2(before, fd, inheritable=False)
+        os.close(before)
+
+
+def end_uncleared(guest: Guest, ending: str) -> None:
+    """Pages 8 to 11 in flight, of which 9 and 10 are removed and cannot be taken out."""
+    steps = install(guest, 8, 4)
+    assert steps.populate(contents(8, 4))
+    removal_read(guest.destination, 9, 2)
+    with read_only(guest.files[0]):
+        steps.finish() if ending == "finish" else steps.give_up()
+    said = "region 0: pages 9 to 10, which the VMM removed while they came, cannot be cleared: Bad file descriptor"
+    assert str(told(guest.destination, "stuck")) == said
+    assert guest.received() == ({8, 11} if ending == "finish" else set())
+
+
+@endings
+@pytest.mark.parametrize("way", [Populate.WRITE, Populate.RECV])
+def test_what_cannot_be_taken_out_is_not_seen(way: Populate, ending: str) -> None:
+    """Who wants it waits, and the lane goes no further, until it is out; a background lane loses nothing by that."""
+    with Guest(populate=way) as guest, paged(guest) as far:
+        end_uncleared(guest, ending)
+        reader = Task(guest.read, 9)
+        assert far.requested() == (0, 9, 1)
+        far.send(pages(0, 9, content(9)))
+        until(lambda: guest.counter("dropped_pages") == 1)
+        line = guest.line()
+        with read_only(guest.files[0]):
+            line.feed(pages(0, 20, content(20)))
+            assert line.lane.held
+            told(guest.destination, "stuck")
+        assert reader.is_alive()
+        assert not {9, 10, 20} & guest.received()
+        line.deal()
+        assert reader.result() == bytes(PAGE)
+        assert {9, 10, 20} <= guest.received()
+        line.feed(pages(0, 8, contents(8, 4)))
+        assert [guest.read(page) for page in (8, 10, 11, 20)] == [content(8), bytes(PAGE), content(11), content(20)]
+
+
+@endings
+def test_a_successor_takes_out_what_could_not_be(ending: str) -> None:
+    with Guest() as guest:
+        end_uncleared(guest, ending)
+        with Memory.adopt(guest.memory.state_fd, guest.files) as memory:
+            assert memory.received == (4 if ending == "finish" else 2)
+            assert guest.received() == ({8, 9, 10, 11} if ending == "finish" else {9, 10})
+            assert not guest.present(9)
+            assert not guest.present(10)
 
 
 def feed(line: Line, starts: range) -> None:
