@@ -4,16 +4,18 @@ import io
 import os
 import sys
 
+LAST = 2  # stderr
+
 
 def mend() -> None:
-    """Fills closed ones with /dev/null: else the next file that is opened, a guest's memory even, takes the place, and is
-    written to. Has letters that the locale lacks told by number: no command fails for a µ."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+    """Fills closed ones with /dev/null: else the next file that is opened, a guest's memory even, takes the place, and
+    is written to. Has letters that the locale lacks told by number: no command fails for a µ."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= LAST:
         os.set_inheritable(fd, True)
     os.close(fd)
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -267,7 +267,7 @@ def test_an_error_is_one_line_of_a_process_too() -> None:
 
 def told_by_shell(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """What a shell's line says; `gmemd` is ours."""
-    ours = f"python() {{ {sys.executable} \"$@\"; }}; gmemd() {{ python -m gmemd.cli \"$@\"; }}\n"
+    ours = f'python() {{ {sys.executable} "$@"; }}; gmemd() {{ python -m gmemd.cli "$@"; }}\n'
     environ = os.environ | {"TMPDIR": str(directory)}
     return subprocess.run(["bash", "-c", ours + line], env=environ, capture_output=True, text=True, timeout=PATIENCE)
 
