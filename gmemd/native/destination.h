@@ -92,7 +92,7 @@ struct gm_destination {
     _Atomic int kick_fd; /* the pager's, or -1 */
     int vcpu_socket; /* or -1 */
     uint32_t vcpus;
-    _Atomic _Bool vcpus_deaf; /* the VMM left no room for an answer: it will have to ask again */
+    _Atomic _Bool vcpus_deaf; /* there was no room for an answer: the VMM will have to ask again */
     pthread_mutex_t lock; /* of what follows */
     struct gm_ask asks[GM_MAX_ASKS];
     unsigned asked;

@@ -124,11 +124,11 @@ static bool first_of_its_uffd(const struct gm_memory *m, unsigned region)
     return true;
 }
 
-/* A VMM that leaves no room for answers is not listened to. */
+/* A VMM that leaves no room for answers is not listened to. That there is room is said once: the host may still lack memory for an answer. */
 static int watch_vcpus(struct gm_pager *p, const struct gm_port *port, int operation)
 {
     struct epoll_event event = {
-        .events = port->deaf ? EPOLLOUT : EPOLLIN,
+        .events = port->deaf ? EPOLLOUT | (uint32_t)EPOLLET : EPOLLIN,
         .data.u64 = tag(WATCH_VCPUS, port->id, 0),
     };
 
@@ -261,6 +261,14 @@ void gm_pager_beat(struct gm_pager *p, struct gm_destination *d)
     }
 }
 
+/* Has the VMM ask again for what it was not told. */
+static void ask_vcpus(struct gm_pager *p, struct gm_port *port)
+{
+    port->deaf = !gm_vcpus_ask_again(port->destination);
+    if (!port->deaf)
+        watch_vcpus(p, port, EPOLL_CTL_MOD);
+}
+
 void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
 {
     INTERRUPTED(p);
@@ -268,6 +276,8 @@ void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
 
     if (port && port->urgent)
         port->unsaid = true;
+    if (port && port->deaf)
+        ask_vcpus(p, port);
 }
 
 static void read_urgent(struct gm_pager *p, struct gm_port *port)
@@ -301,11 +311,9 @@ static void read_vcpus(struct gm_pager *p, struct gm_port *port)
     struct gm_problem problem;
 
     if (port->deaf) {
-        port->deaf = !gm_vcpus_ask_again(port->destination);
-        watch_vcpus(p, port, EPOLL_CTL_MOD);
+        ask_vcpus(p, port);
         return;
     }
-
     if (gm_faults_read_vcpus(port, &problem) < 0) {
         epoll_ctl(p->epoll, EPOLL_CTL_DEL, port->destination->vcpu_socket, NULL);
         gm_destination_tell(port->destination, GM_EVENT_VMM_BROKEN, &problem);

@@ -38,7 +38,7 @@ int gm_pager_urgent(struct gm_pager *p, struct gm_destination *d, struct gm_lane
 /* Sends a beat on the urgent lane, if there is one. */
 void gm_pager_beat(struct gm_pager *p, struct gm_destination *d);
 
-/* Has the pager map what is in place, and ask once more for all else that is waited for. */
+/* Has the pager map what is in place, ask once more for all else that is waited for, and have the VMM ask for what it was not told. */
 void gm_pager_ask(struct gm_pager *p, struct gm_destination *d);
 /* end python */
 

@@ -44,20 +44,26 @@ int gm_vcpus_take_untrusted(const struct gm_destination *d, struct gm_wait *wait
     return 1;
 }
 
+/* An answer that finds no room is lost: the VMM has to ask again, once it can be told so. */
 static void tell(struct gm_destination *d, const struct message *m)
 {
     struct gm_problem problem;
+    bool passes;
 
     if (send(d->vcpu_socket, m, sizeof *m, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
         return;
-    if (errno == EAGAIN) {
+    passes = errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM;
+    if (errno == EAGAIN)
         gm_blame(&problem, GM_VMM, 0, "fault socket: full of answers that the VMM does not read; until it does, its requests are not read");
+    else if (passes)
+        gm_blame(&problem, GM_KERNEL, errno, "fault socket: an answer was lost; until the VMM can be told, its requests are not read");
+    else
+        gm_blame(&problem, GM_VMM, errno, "fault socket: the VMM takes no answer");
+    if (passes) {
         atomic_store(&d->vcpus_deaf, true);
         gm_destination_kick(d);
-    } else {
-        gm_blame(&problem, GM_VMM, errno, "fault socket: the VMM takes no answer");
     }
-    gm_destination_tell(d, GM_EVENT_VMM_BROKEN, &problem);
+    gm_destination_tell(d, passes ? GM_EVENT_STUCK : GM_EVENT_VMM_BROKEN, &problem);
 }
 
 void gm_vcpus_answer(struct gm_destination *d, const struct gm_region *r, const struct gm_wait *wait)

@@ -47,6 +47,7 @@ Way = Populate | Literal["large folios"]
 WAYS: list[Way] = [*Populate, LARGE_FOLIOS]
 
 T = TypeVar("T")
+Run = Callable[[], None]
 
 libc_ffi = FFI()
 libc_ffi.cdef("int madvise(void *, size_t, int);")
@@ -345,11 +346,11 @@ def scratch(data: bytes) -> Iterator[int]:
 
 
 class RunningPager:
-    """A pager in its thread."""
+    """A pager in its thread; `within` is called there, to run it."""
 
-    def __init__(self, poll_us: int = POLL_US) -> None:
+    def __init__(self, poll_us: int = POLL_US, within: Callable[[Run], None] = lambda run: run()) -> None:
         self.pager = Pager(poll_us)
-        self.thread = Task(self.pager.run)
+        self.thread = Task(within, self.pager.run)
 
     def __enter__(self) -> Self:
         return self

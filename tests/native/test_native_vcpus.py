@@ -1,8 +1,10 @@
 """vCPUs that leave KVM_RUN for a page: asked for once, answered when it is there, never trusted."""
 
+import errno
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,11 +12,13 @@ import pytest
 from native_asking import DATAGRAM, EVERY_VCPU, AskingGuest, asked, sealed
 from native_frames import pages, zeros
 from native_rig import PAGE, PATIENCE, Far, Guest, RunningPager, Task, content, new_file, told, until
+from support import seccomp
 
 from gmemd.errors import GmemdError, HandoffError
 from gmemd.native.memory import Memory, Region
 
 PAGES = 200  # not a multiple of 64
+LONG_ENOUGH = 0.02  # seconds in which a busy pager does a thousand turns
 FLOOD = 10_000_000  # tries, of which a socket takes some hundreds
 
 
@@ -173,7 +177,7 @@ def flood(guest: AskingGuest) -> GmemdError:
             guest.ask(sent % 4, 5)
         except BlockingIOError:
             events = guest.destination.events()
-            if events.vmm_broken:
+            if events.stuck:
                 return events.problem
     raise AssertionError("all requests were taken")
 
@@ -199,6 +203,43 @@ def test_a_vmm_that_reads_no_answers_is_not_listened_to_until_it_does() -> None:
         assert far.requested() == (0, 6, 1)
         far.send(pages(0, 6, content(6)))
         assert answers.result() in ((2, 1, guest.gpa(6)), (EVERY_VCPU, 0, 0))
+
+
+def unanswered(guest: AskingGuest, work: Callable[[], None]) -> None:
+    """Does it in a thread that finds no memory for a datagram on the fault socket."""
+    seccomp.deny("sendto", guest.ends[1].fileno(), errno.ENOBUFS)
+    work()
+
+
+def test_an_answer_that_is_lost_is_asked_for_again() -> None:
+    """A lane that brings the page cannot answer, since the host lacks memory for that; the pager can."""
+    with AskingGuest((PAGES, PAGE)) as guest, asked(guest) as far:
+        guest.ask(3, 131)
+        assert far.requested() == (0, 131, 1)
+        Task(unanswered, guest, lambda: guest.line().feed(pages(0, 131, content(131)))).result()
+        assert guest.answer()[0] == EVERY_VCPU
+        problem = str(told(guest.destination, "stuck"))
+        assert problem.startswith("fault socket: an answer was lost")
+        assert problem.endswith(": No buffer space available")
+        guest.ask(3, 131)
+        assert guest.answer() == (3, 1, guest.gpa(131))
+
+
+def test_a_host_that_lacks_memory_for_answers_is_not_kept_busy() -> None:
+    """The pager itself cannot send: it tries when it is told to, and sleeps meanwhile."""
+    with (
+        AskingGuest((PAGES, PAGE)) as guest,
+        RunningPager(within=lambda run: unanswered(guest, run)) as running,
+        running.serving(guest),
+    ):
+        guest.line().feed(pages(0, 5, content(5)))
+        guest.ask(1, 5)
+        assert "an answer was lost" in str(told(guest.destination, "stuck"))
+        before = running.pager.turns
+        time.sleep(LONG_ENOUGH)
+        assert running.pager.turns - before < 10
+        running.pager.ask(guest.destination)
+        assert guest.answer()[0] == EVERY_VCPU
 
 
 def test_a_successor_has_everybody_ask_again() -> None:
