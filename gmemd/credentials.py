@@ -90,7 +90,7 @@ class Credentials:
             if stamp != self._stamp:
                 self._context = self._load()
                 self._stamp = stamp
-        except ConfigError as error:
+        except (ConfigError, KernelError) as error:
             log.error("the old certificates and keys stay: %s", error, extra={"once": str(error), "every": 60.0})
         return self._context
 

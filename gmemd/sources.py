@@ -72,6 +72,9 @@ class SourceConnections:
         except LinkError as error:
             log.info("%s: %s", address, error)
             await trio.aclose_forcefully(stream)
+        except GmemdError as error:
+            _tell_own(address, error)
+            await trio.aclose_forcefully(stream)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
@@ -102,8 +105,8 @@ class SourceConnections:
         except AbandonedError as error:
             log.info("%s: given up: %s", address, error)
             await self._tell(messages, wire.Failed(str(error)[: wire.MAX_TEXT]))
-        except GmemdError as error:  # of this host; by the time that the source comes again it may be mended
-            log.error("%s: %s", address, error, extra={"once": str(error), "every": 60.0})
+        except GmemdError as error:
+            _tell_own(address, error)
         finally:
             if not taken:
                 await trio.aclose_forcefully(messages.stream)
@@ -180,3 +183,8 @@ class SourceConnections:
                 await messages.send_last(word)
             except LinkError as error:
                 log.info("%s", error)
+
+
+def _tell_own(address: str, error: GmemdError) -> None:
+    """A trouble of this host. By the time that the source comes again it may be mended."""
+    log.error("%s: %s", address, error, extra={"once": str(error), "every": 60.0})

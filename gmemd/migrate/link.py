@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import trio
 
-from gmemd.errors import GmemdError, LinkError, ProtocolError, reason
+from gmemd.errors import GmemdError, KernelError, LinkError, ProtocolError, reason
 from gmemd.migrate import wire
 from gmemd.migrate.state import Conversation, Role
 from gmemd.migrate.tls import Secured, Stream, TlsStream, at
@@ -150,6 +150,9 @@ async def connect(host: str, port: int, timeout: float, secured: Secured | None 
         return MessageStream(stream, Role.DESTINATION, address)
     try:
         return MessageStream(await secured.shake_hands(stream, timeout), Role.DESTINATION, address)
+    except KernelError as error:  # of this host, as when there is no descriptor for a socket: it may pass
+        await trio.aclose_forcefully(stream)
+        raise LinkError(f"{address}: cannot connect: {error}") from None
     except GmemdError as error:
         await trio.aclose_forcefully(stream)
         raise at(address, error) from None

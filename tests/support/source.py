@@ -30,8 +30,16 @@ class Result(NamedTuple):
 class SourceProcess:
     """A gmemd-source that sends to a port of this host. `what` is "--file" or "--vmm" with its path."""
 
-    def __init__(self, port: int, migration: str, *what: str | Path, options: tuple[str, ...] = ()) -> None:
-        command = [sys.executable, "-m", "gmemd.source_cli", f"127.0.0.1:{port}", "--migration", migration]
+    def __init__(
+        self,
+        port: int,
+        migration: str,
+        *what: str | Path,
+        options: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        """`prefix`: a command that runs another."""
+        command = [*prefix, sys.executable, "-m", "gmemd.source_cli", f"127.0.0.1:{port}", "--migration", migration]
         self.process = subprocess.Popen(
             [*command, *map(str, what), "--json", *options],
             stdin=subprocess.DEVNULL,
