@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 
 import trio
 
-from gmemd.config import Config, is_loopback
+from gmemd.address import is_loopback
+from gmemd.config import Config
 from gmemd.credentials import Credentials, Files
 from gmemd.errors import LinkError, RefusedError
 from gmemd.migrate.tls import TlsStream, check_name, shake_hands

@@ -10,30 +10,19 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
+from gmemd.address import Address, is_loopback, parse_address
 from gmemd.errors import ConfigError
 
 DEFAULT_PATH = Path("/etc/gmemd/gmemd.toml")
 UNITS = {"T": 1 << 40, "G": 1 << 30, "M": 1 << 20, "K": 1 << 10, "": 1}
-MAX_PORT = 65535
 MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes, the last of them NUL
 HEARTBEATS_BEFORE_DEAD = 2  # one that comes late must not cut a healthy lane
 
 T = TypeVar("T")
 Rules = dict[str, tuple[str, ...]]  # a pattern of migrations' names, and who may
-
-
-class Address(NamedTuple):
-    """A TCP address. `str()` gives the form that `parse_address` reads."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_size(text: str) -> int:
@@ -48,21 +37,6 @@ def format_size(size: int) -> str:
     """The shortest text that `parse_size` reads as exactly `size` bytes."""
     unit = next(unit for unit in UNITS if size % UNITS[unit] == 0) if size else ""
     return f"{size // UNITS[unit]}{unit}"
-
-
-def parse_address(text: str) -> Address:
-    """Reads `host:port`, an IPv6 host in brackets. Port 0 lets the kernel choose one. Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([^][]+)\]|([\w.-]+)):([0-9]{1,5})", text, re.ASCII)
-    if match is None or int(match[3]) > MAX_PORT or not (match[2] or is_ipv6(match[1])):
-        raise ValueError("must be host:port, with an IPv6 host in brackets")
-    return Address(match[1] or match[2], int(match[3]))
-
-
-def is_ipv6(host: str) -> bool:
-    try:
-        return bool(IPv6Address(host))
-    except ValueError:
-        return False
 
 
 def quote(value: object) -> str:
@@ -155,13 +129,6 @@ def near(value: object) -> Path | Address | None:
     if not is_loopback(address.host):
         raise ValueError("must be a path, or a loopback address with its port, such as 127.0.0.1:9575")
     return address
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def mode(value: object) -> int:

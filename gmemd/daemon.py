@@ -11,8 +11,9 @@ from pathlib import Path
 import trio
 
 from gmemd import admission, holder, notify, status
+from gmemd.address import Address
 from gmemd.callers import VmmRules
-from gmemd.config import Address, Config
+from gmemd.config import Config
 from gmemd.errors import DataError, GmemdError, UnavailableError, reason
 from gmemd.keeping import Kept, Stranded, sort_out, take_ends
 from gmemd.listen import take_descriptors
@@ -252,13 +253,14 @@ def _tell_bug(bug: BaseException | None, connection: trio.socket.SocketType) -> 
 def _tcp(address: Address) -> socket.socket:
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server(address, family=family, backlog=BACKLOG)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # [::] is every address of this host
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise UnavailableError(f"cannot listen on {address}: {reason(error)}") from None
 
 
 def _name(listener: trio.socket.SocketType) -> str:
-    return str(Address(*listener.getsockname()[:2]))
+    return str(Address.of(listener.getsockname()))
 
 
 def _group_id(config: Config) -> int:

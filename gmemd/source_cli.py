@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from gmemd import __version__, cli, config, log, order, stages, stopping
+from gmemd.address import is_loopback, parse_address
 from gmemd.credentials import Credentials, Files
 from gmemd.errors import DataError, GmemdError, UsageError
 from gmemd.learning import Learner
@@ -154,8 +155,8 @@ def _secured(options: argparse.Namespace, host: str) -> Secured | None:
     )
     mode = options.tls
     if mode == "auto":
-        mode = "require" if files or not config.is_loopback(host) else "off"
-    elif mode == "off" and not config.is_loopback(host):
+        mode = "require" if files or not is_loopback(host) else "off"
+    elif mode == "off" and not is_loopback(host):
         if not options.plain_text_on_network:
             raise UsageError(f"--tls off sends guest memory to {host} as plain text: --plain-text-on-network, too?")
         logging.getLogger(__name__).warning("guest memory goes to %s as plain text, to whoever answers there", host)
@@ -171,7 +172,7 @@ def _secured(options: argparse.Namespace, host: str) -> Secured | None:
 def _to(options: argparse.Namespace) -> Destination:
     text = options.destination
     try:
-        host, port = config.parse_address(text if text.rpartition(":")[1] and text[-1] != "]" else f"{text}:7575")
+        host, port = parse_address(text if text.rpartition(":")[1] and text[-1] != "]" else f"{text}:7575")
     except ValueError as error:
         raise UsageError(f"{text}: {error}") from None
     if not valid_id(options.migration):

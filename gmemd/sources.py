@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from gmemd.address import Address
 from gmemd.errors import AbandonedError, GmemdError, LinkError, ProtocolError, RefusedError, UntrustedError
 from gmemd.migrate import wire
 from gmemd.migrate.destination import IncomingMigration
@@ -45,24 +46,25 @@ class SourceConnections:
     async def serve(self, stream: trio.SocketStream) -> None:
         """One connection."""
         try:
-            host, port, *_ = stream.socket.getpeername()
+            peer = Address.of(stream.socket.getpeername())
             stream.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, round(self.settings.handshake_timeout * 1000))
         except OSError:
             await trio.aclose_forcefully(stream)  # it has gone already
             return
-        with self._places.taken(host) as place:
+        with self._places.taken(peer.host) as place:
             if place:
-                await self._admit(stream, f"{host}:{port}")
+                await self._admit(stream, peer)
             else:
-                log.warning("%s: too many connections", host, extra={"once": ("places", host), "every": 10.0})
+                log.warning("%s: too many connections", peer.host, extra={"once": ("places", peer.host), "every": 10.0})
                 await trio.aclose_forcefully(stream)
 
-    async def _admit(self, stream: trio.SocketStream, address: str) -> None:
+    async def _admit(self, stream: trio.SocketStream, peer: Address) -> None:
         """Sees who it is, where that matters."""
+        address = str(peer)
         try:
             secured = await self.admission.admit(stream) if self.admission else stream
         except UntrustedError as error:
-            about = {"once": (address.rpartition(":")[0], str(error)), "every": UNTRUSTED_SECONDS}
+            about = {"once": (peer.host, str(error)), "every": UNTRUSTED_SECONDS}
             log.warning("%s: refused: %s", address, error, extra=about)
             await self._see_off(stream)
         except RefusedError as error:

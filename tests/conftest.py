@@ -30,7 +30,7 @@ from gmemd.native import check, lib
 # From the lowest up. A module belongs to the layer whose pattern fits what follows `test_` in its name.
 LAYERS = {
     "native": "native",
-    "base": "own_checks|config|notify|log|errors",
+    "base": "own_checks|address|config|notify|log|errors",
     "wire": "wire|state|trace",
     "migrate": "migrate|source|destination|lane",
     "daemon": "daemon|handoff|status|metrics|probe|cli",

@@ -122,7 +122,7 @@ def test_files_that_hold_no_memory(run: Run, tmp_path: Path) -> None:
     ("host", "error"),
     [
         ("127.0.0.1", r"127\.0\.0\.1:{port}: cannot connect: Connection refused"),
-        ("[::1]", r"::1:{port}: cannot connect: .*"),
+        ("[::1]", r"\[::1\]:{port}: cannot connect: .*"),
         ("nobody.invalid", r"nobody\.invalid:{port}: cannot connect: .*"),
         ("a..b", r"a\.\.b:{port}: cannot connect: .*label empty or too long.*"),
     ],

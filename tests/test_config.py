@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmemd.address import Address
 from gmemd.config import (
     HOMES,
     TABLES,
-    Address,
     Config,
     dump,
     format_size,
     load,
     parse,
-    parse_address,
     parse_size,
 )
 from gmemd.errors import ConfigError
@@ -160,20 +159,6 @@ def test_sizes(size: int) -> None:
 def test_not_a_size(text: str) -> None:
     with pytest.raises(ValueError, match="must be a size"):
         parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["host:1", "127.0.0.1:65535", "[::1]:0", "[fe80::1%eth0]:75"])
-def test_addresses(text: str) -> None:
-    assert str(parse_address(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", ":1", "host", "host:", "host:65536", "host:-1", "::1:1", "[::1]", "[host]:1", "a b:1", "a:1\n"],
-)
-def test_not_an_address(text: str) -> None:
-    with pytest.raises(ValueError, match="must be host:port"):
-        parse_address(text)
 
 
 def test_key_names_are_unique() -> None:

@@ -51,6 +51,27 @@ def connect_from(stack: ExitStack, host: str, daemon: DaemonProcess) -> Connecti
     return connection
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this kernel has no IPv6")
+def test_sources_by_either_protocol(tmp_path: Path, stack: ExitStack) -> None:
+    """On [::], where those that come by IPv4 have addresses like those of IPv6, and are known by their own."""
+    settings = 'tls = "off"\nplain_text_on_network = true\nmax_connections_of_peer = 1\n'
+    with DaemonProcess(tmp_path, settings, listen="[::]:0") as daemon:
+        names = []
+        for host, name in (("127.0.0.1", "127.0.0.1:{}"), ("::1", "[::1]:{}")):
+            sock = socket.create_connection((host, daemon.port), PATIENCE)
+            names.append(name.format(sock.getsockname()[1]))
+            connection = Connection(sock, "destination")
+            stack.callback(connection.close)
+            assert waits(connection), "each is a peer of its own"
+        assert [each["source"] for each in daemon.status()["waiting"]] == names
+        with socket.create_connection(("127.0.0.1", daemon.port), PATIENCE) as another:
+            assert another.recv(1) == b""
+        assert daemon.stop() == 0
+        log = daemon.log.read_text()
+    assert [f"source {name} waits for its VMM" in log for name in names] == [True, True]
+    assert "gmemd: warning: 127.0.0.1: too many connections\n" in log
+
+
 def waits(connection: Connection) -> bool:
     """Whether it is told to wait for its VMM; else the daemon hangs up."""
     connection.send(HELLO)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import trio
 
+from gmemd.address import Address
 from gmemd.errors import GmemdError, KernelError, LinkError, ProtocolError, reason
 from gmemd.migrate import wire
 from gmemd.migrate.state import Conversation, Role
@@ -136,7 +137,7 @@ class ControlLane:
 
 async def connect(host: str, port: int, timeout: float, secured: Secured | None = None) -> MessageStream:
     """Connects to a destination, and shakes hands with it if that is asked for."""
-    address = f"{host}:{port}"
+    address = str(Address(host, port))
     try:
         with trio.fail_after(timeout):
             stream = await trio.open_tcp_stream(host, port)

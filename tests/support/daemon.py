@@ -22,7 +22,7 @@ socket = "{folder}/gmemd.sock"
 status_socket = "{folder}/status.sock"
 {sockets}
 [network]
-listen = "127.0.0.1:0"
+listen = "{listen}"
 """
 
 
@@ -74,6 +74,7 @@ class DaemonProcess:
         *,
         handed: Mapping[str, int] | None = None,
         sockets: str = "",
+        listen: str = "127.0.0.1:0",
         prefix: Sequence[str] | None = None,
     ) -> None:
         """`handed`: listening sockets by name, as a service manager hands them in; `sockets`: more keys of [daemon];
@@ -84,7 +85,7 @@ class DaemonProcess:
         self.socket = folder / "gmemd.sock"
         self.status_socket = folder / "status.sock"
         self.config = folder / "gmemd.toml"
-        self.config.write_text(CONFIG.format(folder=folder, sockets=sockets) + settings)
+        self.config.write_text(CONFIG.format(folder=folder, sockets=sockets, listen=listen) + settings)
         self.log = folder / "daemon.log"
         self.manager = Manager(folder / "notify")
         with self.log.open("ab") as log:
