@@ -25,6 +25,7 @@ class Admission:
             certificate=tls.certificate,
             key=tls.key,
             ca=tls.ca,
+            crl=tls.crl,
             psk=tls.psk,
             ktls=tls.ktls,
             place=lambda key, _: config.place("tls", key),

@@ -206,6 +206,7 @@ class Tls:
     certificate: Annotated[Path | None, FILE] = None
     key: Annotated[Path | None, FILE] = None
     ca: Annotated[Path | None, FILE] = None
+    crl: Annotated[Path | None, FILE] = None
     psk: Annotated[Path | None, FILE] = None
     peers: Annotated[tuple[str, ...], NAMES] = ()
     ktls: Annotated[bool, FLAG] = True
@@ -215,6 +216,8 @@ class Tls:
         missing = [key for key, path in given.items() if path is None]
         if 0 < len(missing) < len(given):
             raise ValueError(f"certificate, key and ca go together: {' and '.join(missing)} must be given, too")
+        if self.crl and missing:
+            raise ValueError("crl is of certificates: certificate, key and ca must be given, too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,12 +24,14 @@ def _option(key: str, path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """Where they are: a certificate with its key and the authorities that the peer's must come from, or pre-shared
-    keys, or both. `ktls`: what is made of them may be used by the kernel. `place`: who named a file, for people."""
+    """Where they are: a certificate with its key, the authorities that the peer's must come from and what these have
+    revoked, or pre-shared keys, or both. `ktls`: what is made of them may be used by the kernel. `place`: who named
+    a file, for people."""
 
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    crl: Path | None = None
     psk: Path | None = None
     ktls: bool = True
     place: Callable[[str, Path], str] = _option
@@ -101,6 +103,11 @@ class Credentials:
             log.warning("our own certificate has expired: %s", text)
         elif text:
             log.info("TLS: we show %s", text)
+        text, left = context.describe_list()
+        if text and left <= 0:
+            log.warning("nobody who shows a certificate is let in by a list that has expired: %s", text)
+        elif text:
+            log.info("TLS: we refuse %s", text)
         return context
 
 
@@ -122,7 +129,7 @@ def _read_secret(path: Path) -> bytes:
 
 
 # In the order in which they are read: a key is compared with its certificate.
-READERS = {"certificate": _read, "key": _read_secret, "ca": _read, "psk": _read_secret}
+READERS = {"certificate": _read, "key": _read_secret, "ca": _read, "crl": _read, "psk": _read_secret}
 
 
 def _content(fd: int) -> bytes:

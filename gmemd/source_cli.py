@@ -122,6 +122,9 @@ def _add_tls(top: argparse.ArgumentParser) -> None:
     tls.add_argument("--certificate", type=Path, metavar="PEM", help="what we show, with the chain of its issuers")
     tls.add_argument("--key", type=Path, metavar="PEM", help="the certificate's; nobody else may be able to read it")
     tls.add_argument("--ca", type=Path, metavar="PEM", help="where the destination's certificate must come from")
+    tls.add_argument(
+        "--crl", type=Path, metavar="PEM", help="what the authorities have revoked; one list of each has to be there"
+    )
     tls.add_argument("--psk", type=Path, metavar="FILE", help="name:key in hex digits, in place of certificates")
     tls.add_argument(
         "--peer",
@@ -150,8 +153,15 @@ def _secured(options: argparse.Namespace, host: str) -> Secured | None:
     missing = [name for name, path in given.items() if path is None]
     if 0 < len(missing) < len(given):
         raise UsageError(f"--certificate, --key and --ca go together: {' and '.join(missing)} must be given, too")
+    if options.crl and missing:
+        raise UsageError("--crl is of certificates: --certificate, --key and --ca must be given, too")
     files = Files(
-        certificate=options.certificate, key=options.key, ca=options.ca, psk=options.psk, ktls=not options.no_ktls
+        certificate=options.certificate,
+        key=options.key,
+        ca=options.ca,
+        crl=options.crl,
+        psk=options.psk,
+        ktls=not options.no_ktls,
     )
     mode = options.tls
     if mode == "auto":

@@ -88,6 +88,7 @@ BASE = ("127.0.0.1:1", "--migration", "m", "--file", "/dev/null")
             (*BASE, "--certificate", "/c.pem"),
             "--certificate, --key and --ca go together: --key and --ca must be given, too",
         ),
+        ((*BASE, "--crl", "/c.pem"), "--crl is of certificates: --certificate, --key and --ca must be given, too"),
     ],
 )
 def test_gmemd_source_asked_wrongly(run: Run, arguments: Sequence[str], error: str) -> None:

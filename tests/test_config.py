@@ -76,6 +76,7 @@ MISTAKES = {
     "vmms = 1": "vmms: must be a table, [vmms]",
     '[vmms]\n"web-*" = "vmm"': '[vmms] web-* = "vmm": must be a list of names, such as',
     '[tls]\ncertificate = "/c.pem"': "[tls] certificate, key and ca go together: key and ca must be given",
+    '[tls]\ncrl = "/c.pem"': "[tls] crl is of certificates: certificate, key and ca must be given, too",
     '[daemon]\nsocket = "/run/gmemd/status.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
     '[daemon]\nmetrics = "/run/gmemd/gmemd.sock"': "[daemon] socket, status_socket and metrics: each needs a path",
     '[tls]\npeers = "src"': '[tls] peers = "src": must be a list of names, such as',

@@ -34,9 +34,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_the_commands_make_is_good(folder: Path, tmp_path: Path, content: bytes) -> None:
     """The certificate has usages and names for both ends here, and the key is one that a pair has."""
-    files = f'certificate = "{folder}/host1.crt"\nkey = "{folder}/host1.key"\nca = "{folder}/ca.crt"\n'
+    made = {"certificate": "host1.crt", "key": "host1.key", "ca": "ca.crt", "crl": "crl.pem"}
+    files = "".join(f'{key} = "{folder}/{name}"\n' for key, name in made.items())
     peers = 'peers = ["host1.example", "host1-host2"]\n'
-    certificate = (f"--certificate={folder}/host1.crt", f"--key={folder}/host1.key", f"--ca={folder}/ca.crt")
+    certificate = tuple(f"--{key}={folder}/{name}" for key, name in made.items())
     (tmp_path / "daemon").mkdir()
     with DaemonProcess(tmp_path / "daemon", f'[tls]\n{files}psk = "{folder}/psk"\n{peers}') as daemon:
         for name, options in (("certificate", certificate), ("key", (f"--psk={folder}/psk",))):

@@ -46,11 +46,15 @@ int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, st
 int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm_problem *ret);
 /* PEM: the certificates that the peer's must come from. */
 int gm_tls_context_trust(struct gm_tls_context *c, const char *ca, struct gm_problem *ret);
+/* PEM: lists of revoked certificates. From now on there has to be one of every authority in a peer's chain. */
+int gm_tls_context_revoke(struct gm_tls_context *c, const char *crl, struct gm_problem *ret);
 /* One more key that a peer may share with us. A client has one. */
 int gm_tls_context_share(struct gm_tls_context *c, const char *name, const unsigned char *key, uint32_t length,
                          struct gm_problem *ret);
 /* Our own certificate, into `out` of GM_TLS_TEXT bytes; returns the seconds that it is still valid. */
 int64_t gm_tls_context_describe(const struct gm_tls_context *c, char *out);
+/* The same of the list of revoked certificates that ends first. */
+int64_t gm_tls_context_describe_list(const struct gm_tls_context *c, char *out);
 
 /* `socket` stays the caller's, and is non-blocking. The context may go before the session. */
 struct gm_tls *gm_tls_new(struct gm_tls_context *c, int socket, struct gm_problem *ret);

@@ -19,17 +19,20 @@ class Wants(Enum):
 
 
 class Pem(NamedTuple):
-    """Our certificate with its chain, its key, and the certificates that the peer's must come from."""
+    """Our certificate with its chain, its key, the certificates that the peer's must come from, and lists of those that
+    are revoked."""
 
     certificate: bytes
     key: bytes
     ca: bytes
+    crl: bytes | None = None
 
 
 TAKE = {
     "certificate": lib.gm_tls_context_certify,
     "key": lib.gm_tls_context_give_key,
     "ca": lib.gm_tls_context_trust,
+    "crl": lib.gm_tls_context_revoke,
 }
 
 
@@ -42,7 +45,8 @@ class TlsContext:
     ) -> None:
         self.native: Any = ffi.gc(checked(lib.gm_tls_context_new, server, ktls), lib.gm_tls_context_free)
         for what, text in (pem._asdict() if pem else {}).items():
-            self.take(what, text)
+            if text is not None:
+                self.take(what, text)
         for name, key in (shared or {}).items():
             self.share(name, key)
 
@@ -56,8 +60,15 @@ class TlsContext:
 
     def describe(self) -> tuple[str, float]:
         """Our certificate for people, and for how many seconds it is still valid; "" without one."""
+        return self._describe(lib.gm_tls_context_describe)
+
+    def describe_list(self) -> tuple[str, float]:
+        """The same of the list of revoked certificates that ends first."""
+        return self._describe(lib.gm_tls_context_describe_list)
+
+    def _describe(self, call: Any) -> tuple[str, float]:
         out = ffi.new("char[]", lib.GM_TLS_TEXT)
-        left = lib.gm_tls_context_describe(self.native, out)
+        left = call(self.native, out)
         return ffi.string(out).decode(), float(left)
 
 

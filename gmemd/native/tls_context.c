@@ -73,11 +73,13 @@ static int verified(int ok, X509_STORE_CTX *store)
     SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
     struct gm_tls_peer *peer = SSL_get_app_data(ssl);
     X509 *leaf = X509_STORE_CTX_get0_cert(store);
-    int depth = X509_STORE_CTX_get_error_depth(store);
-    const char *why = X509_verify_cert_error_string(X509_STORE_CTX_get_error(store));
+    int error = X509_STORE_CTX_get_error(store), depth = X509_STORE_CTX_get_error_depth(store);
+    const char *trouble = gm_list_trouble(error), *why = trouble ? trouble : X509_verify_cert_error_string(error);
 
     if (ok || peer->refused[0])
         return ok;
+    if (trouble) /* or the peer would hear that its certificate has expired, or its authority is unknown */
+        X509_STORE_CTX_set_error(store, X509_V_ERR_CRL_PATH_VALIDATION_ERROR);
     if (depth)
         snprintf(peer->refused, sizeof peer->refused, "%s (%d above it)", why, depth);
     else
@@ -177,13 +179,14 @@ struct gm_tls_context *gm_tls_context_new(int server, int ktls, struct gm_proble
 
 void gm_tls_context_free(struct gm_tls_context *c)
 {
-    if (c)
+    if (c) {
+        X509_CRL_free(c->list);
         SSL_CTX_free(c->ssl);
+    }
     free(c);
 }
 
-/* OpenSSL would ask on the terminal. */
-static int no_password(char *to, int room, int writing, void *data)
+int gm_tls_no_password(char *to, int room, int writing, void *data)
 {
     (void)to, (void)room, (void)writing, (void)data;
     return -1;
@@ -191,7 +194,7 @@ static int no_password(char *to, int room, int writing, void *data)
 
 static X509 *next_certificate(BIO *from)
 {
-    return PEM_read_bio_X509(from, NULL, no_password, NULL);
+    return PEM_read_bio_X509(from, NULL, gm_tls_no_password, NULL);
 }
 
 static bool add_chain(SSL_CTX *ssl, BIO *from)
@@ -238,7 +241,7 @@ int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, st
 int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm_problem *ret)
 {
     auto_of(BIO_free_all) BIO *from = BIO_new_mem_buf(key, -1);
-    auto_of(EVP_PKEY_free) EVP_PKEY *own = from ? PEM_read_bio_PrivateKey(from, NULL, no_password, NULL) : NULL;
+    auto_of(EVP_PKEY_free) EVP_PKEY *own = from ? PEM_read_bio_PrivateKey(from, NULL, gm_tls_no_password, NULL) : NULL;
 
     if (!own)
         return blame(ret, "not a key in PEM, without a password");

@@ -17,6 +17,7 @@ struct gm_shared_key {
 struct gm_tls_context {
     SSL_CTX *ssl;
     int server;
+    X509_CRL *list; /* of the lists of revoked certificates, the one that ends first */
 };
 
 /* What a session found out while it shook hands; the SSL's application data. */
@@ -25,5 +26,11 @@ struct gm_tls_peer {
     char refused[160];                  /* why its certificate is, if it is */
     char certificate[GM_TLS_TEXT];
 };
+
+/* For OpenSSL, which would ask for one on the terminal. */
+int gm_tls_no_password(char *to, int room, int writing, void *data);
+
+/* In our words, what is wrong with a list of revoked certificates, of X509_V_ERR_…; NULL if that is about something else. */
+const char *gm_list_trouble(int error);
 
 #endif

@@ -120,6 +120,18 @@ void gm_certificate_describe(X509 *certificate, char *out, size_t room)
     add_time(&t, X509_get0_notAfter(certificate));
 }
 
+void gm_list_describe(const X509_CRL *list, char *out, size_t room)
+{
+    struct text t = {.to = out, .room = room};
+
+    add(&t, "revoked certificates of \"");
+    add_name(&t, X509_CRL_get_issuer(list));
+    add(&t, "\", valid ");
+    add_time(&t, X509_CRL_get0_lastUpdate(list));
+    add(&t, " to ");
+    add_time(&t, X509_CRL_get0_nextUpdate(list));
+}
+
 static bool has_uri(X509 *certificate, const char *uri)
 {
     GENERAL_NAMES *names = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
@@ -167,6 +179,13 @@ static bool unreadable(int alert)
     return alert == SSL_AD_BAD_RECORD_MAC || alert == SSL_AD_RECORD_OVERFLOW || alert == SSL_AD_UNEXPECTED_MESSAGE;
 }
 
+static const char *alert_text(int alert)
+{
+    if (alert == SSL_AD_CERTIFICATE_UNKNOWN)
+        return "certificate unknown: its own log says why";
+    return SSL_alert_desc_string_long(alert);
+}
+
 int gm_tls_blame(struct gm_problem *ret, const char *doing, const char *why_refused, const char *certificate)
 {
     unsigned long error = ERR_peek_error();
@@ -174,19 +193,18 @@ int gm_tls_blame(struct gm_problem *ret, const char *doing, const char *why_refu
     const char *text = ERR_reason_error_string(error);
 
     ERR_clear_error();
+    if (*why_refused) /* whatever OpenSSL came across on its way to that */
+        return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: %s: %s", why_refused, certificate);
     if (!error)
         return gm_blame(ret, GM_LINK, 0, "TLS: %s", doing);
     if (ERR_SYSTEM_ERROR(error))
         return gm_blame(ret, GM_LINK, reason, "TLS: %s", doing);
     if (ERR_GET_LIB(error) == ERR_LIB_SSL) {
-        if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
-            return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: %s: %s", why_refused, certificate);
         if (reason >= SSL_AD_REASON_OFFSET && unreadable(reason - SSL_AD_REASON_OFFSET))
             return gm_blame(ret, GM_LINK, 0, "TLS: it cannot read us: %s",
                             SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
         if (reason >= SSL_AD_REASON_OFFSET)
-            return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: it refuses us: %s",
-                            SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
+            return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: it refuses us: %s", alert_text(reason - SSL_AD_REASON_OFFSET));
         for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++)
             if (refusals[i].reason == reason)
                 return gm_blame(ret, GM_UNTRUSTED, 0, "TLS: %s", refusals[i].text);

@@ -10,10 +10,13 @@
 /* Subject, names, issuer and validity. */
 void gm_certificate_describe(X509 *certificate, char *out, size_t room);
 
+/* Issuer and validity. */
+void gm_list_describe(const X509_CRL *list, char *out, size_t room);
+
 /* Whether the certificate names `name`, see gm_tls_peer_is(). The subject does not count, and stars stand for nothing. */
 int gm_certificate_names(X509 *certificate, const char *name);
 
-/* Blames from OpenSSL's errors. `certificate` describes the one that was refused, NULL if none was. */
+/* Blames from OpenSSL's errors, unless a certificate was refused: `why_refused` is "" if none was, `certificate` describes it. */
 int gm_tls_blame(struct gm_problem *ret, const char *doing, const char *why_refused, const char *certificate);
 
 #endif
