@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gmemd import __version__, config, errors, log, streams
+from gmemd import __version__, config, errors, log, mending, notify, streams
 from gmemd.examples import epilog
 from gmemd.keeping import guests_are_kept
 
@@ -77,14 +77,18 @@ def _first(error: BaseException) -> BaseException:
 
 
 def serve(options: argparse.Namespace) -> int:
-    guests = guests_are_kept()
+    guests, manager = guests_are_kept(), notify.Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     try:
         return _serve(options)
     except errors.ConfigError as error:
         if not guests:
             raise
-        # After the exit code of a wrong configuration, the service manager gives up, and lets go of the guests.
-        raise errors.UnavailableError(f"{error}; guests are kept for us: start again until it is mended") from None
+        told = f"{error}; guests are kept for us: waits until that is mended, then starts again"
+    # After the exit code of a wrong configuration, the service manager gives up, and lets go of the guests.
+    print(f"gmemd: {told}", file=sys.stderr, flush=True)
+    manager.status(told)
+    mending.wait(options.config)
+    return errors.UnavailableError.exit_code
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import pytest
 from support.polling import PATIENCE, eventually
 from support.vmm import PAGE
 
-from gmemd import cli, config, log, source_cli, status
+from gmemd import cli, config, log, mending, source_cli, status
 from gmemd.errors import UnavailableError
 
 GMEMD, SOURCE = cli.main, source_cli.main
@@ -170,6 +170,7 @@ def test_a_wrong_configuration_while_guests_are_kept(run: Run, tmp_path: Path, m
     """The exit code of a wrong configuration would have the service manager give up, and let go of them."""
     (tmp_path / "gmemd.toml").write_text("[netwrok]\n")
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setattr(mending, "LONGEST", 0.0)
     for names, code in {
         "handoff:status": os.EX_CONFIG,
         "handoff:ended.m": os.EX_CONFIG,
