@@ -99,6 +99,11 @@ class AbandonedError(GmemdError):
     exit_code = os.EX_UNAVAILABLE
 
 
+def by_exit_code(code: int) -> type[GmemdError]:
+    """The error that a command of ours ended with; UnavailableError for any other end."""
+    return next((kind for kind in GmemdError.__subclasses__() if kind.exit_code == code), UnavailableError)
+
+
 # What a system call finds wanting that the caller did not look at: no bug, and not the caller's job to tell.
 WANTING = {
     errno.EMFILE: "raise the limit of descriptors (ulimit -n, LimitNOFILE=)",

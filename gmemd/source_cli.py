@@ -195,6 +195,8 @@ def _to(options: argparse.Namespace) -> Destination:
         raise UsageError(f"--ahead {options.ahead}: 0 to {MAX_AHEAD}")
     if not 0 <= options.poll_us <= 1000:
         raise UsageError(f"--poll-us {options.poll_us}: 0 to 1000")
+    if options.patience is not None and not options.patience >= 0:  # nan, too
+        raise UsageError(f"--patience {options.patience}: 0 or more")
     secured = _secured(options, host)
     return Destination(
         host,

@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from support.vmm import PAGE
 
 from gmemd import cli, config, log, mending, source_cli, status
 from gmemd.errors import UnavailableError
+from gmemd.probe import Finding
+from gmemd_tools import room
 
 GMEMD, SOURCE = cli.main, source_cli.main
 
@@ -55,6 +58,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         (("dance",), "argument COMMAND: invalid choice: 'dance'"),
         (("serve", "--port", "1"), "unrecognized arguments: --port 1"),
         (("abandon",), "the following arguments are required: ID"),
+        (("demo", "--memory", "1.5G"), "--memory 1.5G: must be a size"),
+        (("demo", "--memory", "0"), "--memory 0: from 1M to 512G, a multiple of 4K"),
+        (("demo", "--memory", "4194305"), "--memory 4194305: from 1M to 512G, a multiple of 4K"),
+        (("demo", "--memory", "1T"), "--memory 1T: from 1M to 512G, a multiple of 4K"),
+        (("demo", "--regions", "0"), "--regions 0: 1 to 64"),
+        (("demo", "--vcpus", "9"), "--vcpus 9: 1 to 8"),
+        (("demo", "--seed", "-1"), "--seed -1: 0 to 18446744073709551615"),
     ],
 )
 def test_gmemd_asked_wrongly(run: Run, arguments: Sequence[str], error: str) -> None:
@@ -84,6 +94,8 @@ BASE = ("127.0.0.1:1", "--migration", "m", "--file", "/dev/null")
         ((*BASE, "--gpa", "-4096"), "--gpa -0x1000: 0 to 2^63 - 1"),
         ((*BASE, "--gpa", "0x8000000000000000"), "--gpa 0x8000000000000000: 0 to 2^63 - 1"),
         ((*BASE, "--rate", "fast"), "--rate fast: must be a size"),
+        ((*BASE, "--patience", "-1"), "--patience -1.0: 0 or more"),
+        ((*BASE, "--patience", "nan"), "--patience nan: 0 or more"),
         (
             (*BASE, "--certificate", "/c.pem"),
             "--certificate, --key and --ca go together: --key and --ca must be given, too",
@@ -226,6 +238,23 @@ def test_something_else_answers(tmp_path: Path, answer: bytes, code: int, error:
     assert errors.startswith(f"gmemd: {tmp_path}/sock: {error}")
 
 
+def test_demos_that_do_not_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "available_memory", lambda: Finding(True, 1 << 30, ""))
+    told = run(GMEMD, "demo", "--memory", "513M")
+    assert told.code == os.EX_UNAVAILABLE
+    assert told.errors == "gmemd: --memory 513M: this host has no room for that twice: 1024 MiB are free\n"
+    file = tmp_path / "file"
+    file.touch()
+    told = run(GMEMD, "demo", "--memory", "16M", "--trace", file)
+    assert told.code == os.EX_DATAERR
+    assert told.errors == f"gmemd: {file}: File exists: not a directory to record in\n"
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(long := tmp_path / ("long" * 25)))
+    long.mkdir()
+    told = run(GMEMD, "demo", "--memory", "16M")
+    assert told.code == os.EX_UNAVAILABLE
+    assert re.search("too long for the paths of sockets in it: set TMPDIR to a shorter one$", told.errors)
+
+
 def running(folder: Path) -> bool:
     """Whether the demo's guest there has moved, and lacks pages."""
     for path in folder.glob("gmemd-demo-*/status.sock"):
@@ -234,24 +263,42 @@ def running(folder: Path) -> bool:
     return False
 
 
-def of_folder(folder: Path) -> list[bytes]:
+def of_folder(folder: Path) -> dict[int, bytes]:
     """The processes whose command lines name it."""
-    found = []
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found.append(path.read_bytes())
-    return [command for command in found if os.fsencode(folder) in command]
+            found[int(path.parent.name)] = path.read_bytes()
+    return {process: command for process, command in found.items() if os.fsencode(folder) in command}
+
+
+@contextlib.contextmanager
+def slow_demo(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """One whose guest has moved and lacks pages; it leaves nothing behind."""
+    options = ("--memory", "16M", "--guest", "threads", "--network", "rate=1M")
+    command = [sys.executable, "-m", "gmemd.cli", "demo", *options]
+    environ = os.environ | {"TMPDIR": str(folder)}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as demo:
+        eventually(lambda: running(folder))
+        yield demo
+    eventually(lambda: not of_folder(folder))
+    assert not list(folder.iterdir())
 
 
 def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
-    options = ("--memory", "16M", "--guest", "threads", "--network", "rate=1M")
-    command = [sys.executable, "-m", "gmemd.cli", "demo", *options]
-    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}) as demo:
-        eventually(lambda: running(tmp_path))
+    with slow_demo(tmp_path) as demo:
         demo.terminate()
         assert demo.wait(PATIENCE) == 128 + signal.SIGTERM
-    eventually(lambda: not of_folder(tmp_path))
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("part", "word"), [("sender", b"gmemd.source_cli"), ("daemon", b"serve")])
+def test_a_demo_whose_part_ends_says_which(tmp_path: Path, part: str, word: bytes) -> None:
+    with slow_demo(tmp_path) as demo:
+        [process] = [each for each, line in of_folder(tmp_path).items() if word in line.split(b"\0")]
+        os.kill(process, signal.SIGKILL)
+        _, errors = demo.communicate(timeout=PATIENCE)
+        assert demo.returncode == os.EX_UNAVAILABLE
+        assert f"gmemd: {part} was ended by SIGKILL: " in errors
 
 
 @pytest.mark.parametrize("main", [GMEMD, SOURCE], ids=["gmemd", "gmemd-source"])

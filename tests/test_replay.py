@@ -18,7 +18,7 @@ import trio
 from support.pace import SLOWER
 from support.polling import PATIENCE, eventually
 
-from gmemd.errors import DataError, UnavailableError
+from gmemd.errors import ConfigError, DataError, GmemdError, UnavailableError, UsageError
 from gmemd.native import ffi, lib
 from gmemd.native.memory import Region
 from gmemd.trace import RECORD, TraceWriter, segments
@@ -348,9 +348,27 @@ def test_wrong_memory_is_found(made: Callable[..., Path], monkeypatch: pytest.Mo
 
 def test_daemon_that_refuses_its_settings(made: Callable[..., Path], command: Command) -> None:
     ended = command("run", made("random"), "--set", "paging.pol_us=0")
-    assert ended.returncode == UnavailableError.exit_code
+    assert ended.returncode == ConfigError.exit_code
     assert "daemon ended with 78" in ended.stderr
     assert "the nearest is poll_us in [paging]" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["--set=paging.poll_us=1979-05-27"], ConfigError, 'poll_us = "1979-05-27": must be a whole number'),
+        (["--source=--lanes=99"], UsageError, "source ended with 64: gmemd-source: --lanes 99: 1 to 15"),
+        (["--source=--help"], UnavailableError, "source says what is no event: usage: gmemd-source"),
+        (["--speed=0"], UsageError, "argument --speed: 0: from 0.001 to 1000000.0; see gmemd-replay run --help"),
+    ],
+)
+def test_replay_asked_wrongly(
+    made: Callable[..., Path], command: Command, arguments: list[str], code: type[GmemdError], error: str
+) -> None:
+    ended = command("run", made("random", pages=64, faults=10), *arguments)
+    assert (ended.returncode, ended.stdout) == (code.exit_code, "")
+    assert error in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("victim", ["daemon", "source"])
@@ -373,7 +391,7 @@ def test_process_that_dies_ends_the_replay(
     become_ready = Guest.ready
     monkeypatch.setattr(Stage, "start", start_and_note)
     monkeypatch.setattr(Guest, "ready", ready)
-    with pytest.raises(UnavailableError, match=f"{victim} ended with -9"):
+    with pytest.raises(UnavailableError, match=f"{victim} was ended by SIGKILL"):
         replay(load([made("random")]), Setup(speed=None, on_demand=True))
 
 

@@ -131,9 +131,9 @@ def test_a_run_is_read_as_it_was_written(runs: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "not a run of gmemd-replay"),
-        (b"GMTRACE", "Not a gzipped file"),
-        (gzip.compress(b"[]\n"), "not a run of gmemd-replay"),
+        (b"", "not a run that gmemd-replay has kept"),
+        (b"GMTRACE", "not a run that gmemd-replay has kept: BadGzipFile"),
+        (gzip.compress(b"[]\n"), "not a run that gmemd-replay has kept"),
         (gzip.compress(b'{"gmemd-replay": 2}\n'), "version 2 of a run"),
         (gzip.compress(b'{"gmemd-replay": 1, "result": {}, "regions": [], "looks": []}\n' + bytes(7)), "damaged"),
     ],

@@ -7,7 +7,7 @@ import trio
 
 from gmemd.errors import UnavailableError
 from gmemd_tools.demo.plan import Plan
-from gmemd_tools.demo.processes import Process, Stage
+from gmemd_tools.demo.processes import LATE, Process, Stage
 from gmemd_tools.network.link import Link
 
 READY_SECONDS = 60.0  # Python starts in 5 s in an emulated machine, on a host that does nothing else
@@ -58,16 +58,28 @@ class Cast:
         port = self.link.port if self.link else self.plan.port
         self.sender = await self.stage.python("sender", "gmemd.source_cli", *self.plan.sender(port))
 
-    async def keep_sending(self) -> None:
-        """Starts the sender again when a line that spoils bytes made it hear what it refused, as a service manager
-        would."""
+    async def attend_daemon(self) -> None:
+        """Raises why it ended, when nobody told it to."""
+        while True:
+            daemon = self.daemon
+            await daemon.process.wait()
+            if not daemon.told_to_end:
+                raise await daemon.why_ended()
+            while self.daemon is daemon:  # noqa: ASYNC110 (somebody else is at it)
+                await trio.sleep(LOOK_SECONDS)
+
+    async def attend_sender(self, spoilt: bool) -> None:
+        """The same, until it has sent everything. One that heard what it refused on a line that spoils bytes is started
+        again, as a service manager would."""
         while True:
             sender = self.sender
             code = await sender.process.wait()
-            if code == os.EX_PROTOCOL:
-                await self.start_sender()
-            elif code == os.EX_OK:
+            if code == os.EX_OK or LATE.search(sender.last_words()):
                 return
+            if spoilt and code == os.EX_PROTOCOL:
+                await self.start_sender()
+            elif not sender.told_to_end:
+                raise await sender.why_ended()
             while self.sender is sender:  # noqa: ASYNC110 (somebody else is at it)
                 await trio.sleep(LOOK_SECONDS)
 
@@ -82,8 +94,7 @@ class Cast:
         self.link.heal()
 
     async def kill_daemon(self) -> None:
-        self.daemon.process.kill()
-        await self.daemon.process.wait()
+        await self.daemon.kill()
         await self.start_daemon()
 
     async def restart_daemon(self) -> None:
@@ -91,6 +102,5 @@ class Cast:
         await self.start_daemon()
 
     async def kill_sender(self) -> None:
-        self.sender.process.kill()
-        await self.sender.process.wait()
+        await self.sender.kill()
         await self.start_sender()

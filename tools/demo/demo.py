@@ -13,10 +13,9 @@ from typing import Any
 import trio
 from rich.console import Console
 
-from gmemd import config, status, stopping
+from gmemd import status, stopping
 from gmemd.errors import GmemdError, UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
-from gmemd.migrate.wire import MAX_LANES
 from gmemd.probe_host import available_memory
 from gmemd.show import show
 from gmemd_tools.demo import view
@@ -31,7 +30,6 @@ from gmemd_tools.network.link import Link
 from gmemd_tools.network.trouble import Troubles
 
 LOOK_SECONDS = 0.05
-MAX_VCPUS = 8
 LEAST_MIB, USUAL_MIB = 16, 1024  # of a guest of no given size
 
 Event = dict[str, Any]
@@ -68,14 +66,6 @@ def _fitting() -> str:
 
 def _check(options: argparse.Namespace) -> tuple[list[Injection], Conditions]:
     options.memory = options.memory or _fitting()
-    try:
-        options.memory_bytes = config.parse_size(options.memory)
-    except ValueError as error:
-        raise UsageError(f"--memory {options.memory}: {error}") from None
-    if not 1 <= options.vcpus <= MAX_VCPUS:
-        raise UsageError(f"--vcpus {options.vcpus}: 1 to {MAX_VCPUS}")
-    if not 1 <= options.lanes <= MAX_LANES:
-        raise UsageError(f"--lanes {options.lanes}: 1 to {MAX_LANES}")
     check(options)
     conditions = network.parse(options.network or "", options.seed)
     if conditions.kernel:
@@ -130,9 +120,9 @@ class Demo:
         async with open_tasks() as tasks:
             if not self.show.quiet:
                 tasks.start(self._show)
-            if self.spoilt:
-                self.cast.source.forgiving = True
-                tasks.start(self.cast.keep_sending)
+            self.cast.source.forgiving = True  # its end is told with what it said last, and its exit code
+            tasks.start(self.cast.attend_daemon)
+            tasks.start(self.cast.attend_sender, self.spoilt)
             tasks.start(inject, injections, self._arrived, self._actions())
             for process, names in ((destination, ("ready", "first-instruction")), (self.cast.source, ("paused",))):
                 for name in names:

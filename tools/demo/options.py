@@ -1,11 +1,18 @@
 """The options of `gmemd demo`."""
 
 import argparse
+from pathlib import Path
 
-from gmemd.errors import UsageError
+from gmemd import config
+from gmemd.errors import DataError, UsageError, reason
+from gmemd.migrate.wire import MAX_LANES
 from gmemd.source_cli import USUAL_LANES, usual_lanes
+from gmemd_tools import room
 from gmemd_tools.demo.inject import KINDS
 
+BASE_PAGE = 4096
+LEAST_MEMORY, MOST_MEMORY = 1 << 20, 512 << 30  # what the reference VMM takes, as are these
+RANGES = {"vcpus": (1, 8), "regions": (1, 64), "seed": (0, (1 << 64) - 1), "lanes": (1, MAX_LANES)}
 PATTERNS = ("sequential", "random", "strided", "hotset")
 
 
@@ -33,7 +40,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verify", action="store_true", help="both ends compare what every page had when it came")
     command.add_argument("--tls", action="store_true", help="with TLS, between throw-away certificates")
     command.add_argument("--guest", choices=("auto", "kvm", "threads"), default="auto")
-    command.add_argument("--trace", metavar="DIR", help="record the guest's faults there")
+    command.add_argument("--trace", type=Path, metavar="DIR", help="record the guest's faults there")
     command.add_argument("--seed", type=int, default=1, metavar="N")
     command.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
     command.add_argument(
@@ -51,13 +58,35 @@ def add(command: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what does not go together."""
+    """Refuses what cannot be, and what does not go together. Adds `memory_bytes`."""
+    try:
+        options.memory_bytes = config.parse_size(options.memory)
+    except ValueError as error:
+        raise UsageError(f"--memory {options.memory}: {error}") from None
+    if not LEAST_MEMORY <= options.memory_bytes <= MOST_MEMORY or options.memory_bytes % BASE_PAGE:
+        raise UsageError(f"--memory {options.memory}: from 1M to 512G, a multiple of 4K")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(options, name) <= most:
+            raise UsageError(f"--{name} {getattr(options, name)}: {least} to {most}")
     userfault = options.slot == "guest_memfd"
     if userfault and options.backing != "guest_memfd":
         raise UsageError("--slot guest_memfd needs --backing guest_memfd")
     for name in ("no-direct-map", "prefault"):
         if getattr(options, name.replace("-", "_")) and not userfault:
             raise UsageError(f"--{name} needs --slot guest_memfd")
+    if options.backing != "hugetlb":  # whose pages are set aside already
+        room.check(options.memory_bytes, f"--memory {options.memory}")
+    if options.trace:
+        output_directory(options.trace)
+
+
+def output_directory(path: Path) -> Path:
+    """Makes it. A daemon that cannot write there goes on without: its guests are worth more."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: {reason(error)}: not a directory to record in") from None
+    return path
 
 
 def usual(**wanted: object) -> argparse.Namespace:

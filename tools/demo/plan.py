@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gmemd.config import quote
 from gmemd_tools.demo.certificates import Party, certify
 
 MIGRATION = "demo"
@@ -94,16 +95,16 @@ class Plan:
         if not self.options.tls:
             return ""
         own = certify(self.directory, Party.DESTINATION)
-        files = f'certificate = "{own.certificate}"\nkey = "{own.key}"\nca = "{own.ca}"'
-        return f'[tls]\n{files}\npeers = ["{Party.SOURCE.value}"]'
+        files = "".join(f"{name} = {quote(getattr(own, name))}\n" for name in ("certificate", "key", "ca"))
+        return f'[tls]\n{files}peers = ["{Party.SOURCE.value}"]'
 
     def _config(self) -> Path:
         path = self.directory / "gmemd.toml"
-        trace = f'directory = "{Path(self.options.trace).absolute()}"' if self.options.trace else ""
+        trace = f"directory = {quote(self.options.trace.absolute())}" if self.options.trace else ""
         path.write_text(
             f"""[daemon]
-socket = "{self._handoff}"
-status_socket = "{self.status_socket}"
+socket = {quote(self._handoff)}
+status_socket = {quote(self.status_socket)}
 [network]
 listen = "127.0.0.1:{self.port}"
 {self._tls()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -11,12 +13,15 @@ from typing import Any
 
 import trio
 
-from gmemd import holder, notify
-from gmemd.errors import DataError, UnavailableError
+from gmemd import config, errors, holder, notify
+from gmemd.errors import DataError, GmemdError, UnavailableError
 from gmemd_tools.vmm import VMM
 
 READ_BYTES = 64 * 1024
 STOP_SECONDS = 5.0
+LONGEST_NAME = 16  # of a socket in a stage's directory, and the slash before it
+# What a gmemd-source says that was started when all was over.
+LATE = re.compile(r"ended here [0-9]+ s ago: complete$")
 
 
 class Process:
@@ -27,6 +32,7 @@ class Process:
         self.process = process
         self.log = log
         self.forgiving = False  # a VMM's that was told of a failed gmemd-source: another one will come
+        self.told_to_end = False  # by us
         self._lines = bytearray()
 
     async def event(self, *names: str) -> dict[str, Any]:
@@ -57,15 +63,26 @@ class Process:
         while b"\n" not in self._lines:
             data = await self.process.stdout.receive_some(READ_BYTES)
             if not data:
-                raise UnavailableError(await self._why_ended())
+                raise await self.why_ended()
             self._lines += data
         line, _, rest = bytes(self._lines).partition(b"\n")
         self._lines = bytearray(rest)
-        return dict(json.loads(line))
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            text = line.decode(errors="replace")
+            raise UnavailableError(f"{self.name} says what is no event: {text}") from None
 
-    async def _why_ended(self) -> str:
+    async def why_ended(self) -> GmemdError:
+        """Waits for its end. An error that was its own is ours, with the same exit code."""
         code = await self.process.wait()
-        return f"{self.name} ended with {code}: {self.last_words()}"
+        how = f"ended with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        return errors.by_exit_code(code)(f"{self.name} {how}: {self.last_words()}")
+
+    async def kill(self) -> None:
+        self.told_to_end = True
+        self.process.kill()
+        await self.process.wait()
 
     def last_words(self) -> str:
         """The end of its log."""
@@ -107,13 +124,13 @@ class Stage:
 
     async def end(self, process: Process) -> None:
         """Asks it to end, and makes it."""
+        process.told_to_end = True
         if process.process.returncode is None:
             process.process.terminate()
             with trio.move_on_after(STOP_SECONDS):
                 await process.process.wait()
         if process.process.returncode is None:
-            process.process.kill()
-            await process.process.wait()
+            await process.kill()
         for stream in (process.process.stdin, process.process.stdout):
             if stream:
                 await trio.aclose_forcefully(stream)
@@ -122,6 +139,8 @@ class Stage:
 @asynccontextmanager
 async def open_stage(directory: Path) -> AsyncIterator[Stage]:
     """Ends, at its end, every process that was started on it, the last one first."""
+    if len(os.fsencode(directory)) + LONGEST_NAME > config.MAX_SOCKET_PATH:
+        raise UnavailableError(f"{directory}: too long for the paths of sockets in it: set TMPDIR to a shorter one")
     stage = Stage(directory)
     try:
         yield stage

@@ -14,6 +14,7 @@ from gmemd import __version__, cli, log, order
 from gmemd.errors import DataError, UnavailableError, UsageError
 from gmemd.native.memory import Region
 from gmemd.trace import TraceWriter
+from gmemd_tools.demo.options import output_directory
 from gmemd_tools.network import conditions
 from gmemd_tools.replay import comparison, patterns, result, runfile, summary
 from gmemd_tools.replay.comparison import compare as compare_setups
@@ -58,7 +59,7 @@ def record(options: argparse.Namespace) -> int:
         socket=options.socket.absolute(),
         content=content,
         migration=options.migration,
-        traces=options.output.absolute(),
+        traces=output_directory(options.output).absolute(),
         seconds=options.seconds,
         source_arguments=options.source,
     )
@@ -145,8 +146,10 @@ def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def _toml(value: str) -> object:
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {value}")["value"]
+        json.dumps(read)  # which is how it is written down; times are not for it, nor are they settings
+        return read
+    except (tomllib.TOMLDecodeError, TypeError):
         return value
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +16,7 @@ from gmemd import status
 from gmemd.errors import GmemdError, UnavailableError
 from gmemd.migrate.tasks import Tasks, open_tasks
 from gmemd.stages import SUFFIX
-from gmemd_tools.demo.processes import Process, Stage
+from gmemd_tools.demo.processes import LATE, Process, Stage
 from gmemd_tools.network.conditions import Conditions
 from gmemd_tools.network.link import Link
 from gmemd_tools.network.namespace import open_namespace
@@ -27,8 +26,6 @@ from gmemd_tools.replay.setup import Setup
 MIGRATION = "replay"
 READY_SECONDS = 30.0
 READ_BYTES = 4096
-# What a source says that was started when all was over.
-LATE = re.compile(r"ended here [0-9]+ s ago: complete$")
 
 
 @dataclass
@@ -52,7 +49,7 @@ class Ends:
     troubles: Troubles = field(init=False)
     _tasks: Tasks = field(init=False)
     _prefix: tuple[str, ...] = ()  # of the source's command
-    _killed: list[Process] = field(default_factory=list)
+    _restarted: bool = False
 
     @property
     def daemon_socket(self) -> Path:
@@ -124,14 +121,12 @@ class Ends:
         self._tasks.start(self._until_ended_by_itself, self.source)
 
     async def kill_daemon(self) -> None:
-        self.daemon.process.kill()
-        await self.daemon.process.wait()
+        await self.daemon.kill()
         await self.start_daemon()
 
     async def kill_source(self) -> None:
-        self._killed.append(self.source)
-        self.source.process.kill()
-        await self.source.process.wait()
+        self._restarted = True
+        await self.source.kill()
         await self.start_source(self._tasks)
 
     async def ask(self) -> dict[str, Any]:
@@ -149,12 +144,12 @@ class Ends:
     async def _until_ended_by_itself(self, process: Process) -> None:
         try:
             await until_ended(process)
-        except UnavailableError:
-            if process in self._killed or (self._killed and LATE.search(process.last_words())):
+        except GmemdError:
+            if process.told_to_end or (self._restarted and LATE.search(process.last_words())):
                 return
             if not self._spoilt or process.process.returncode != os.EX_PROTOCOL:
                 raise
-            self._killed.append(process)
+            self._restarted = True
             await self.start_source(self._tasks)  # as a service manager would
 
     @property

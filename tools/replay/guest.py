@@ -2,20 +2,19 @@
 
 import mmap
 import os
-import re
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
 from gmemd.errors import DataError, UnavailableError
 from gmemd.native import check, checked, ffi, lib
 from gmemd.native.memory import Region
 from gmemd.trace import RECORD
+from gmemd_tools import room
 
 BASE_PAGE = 4096
 UFFD_FEATURE_THREAD_ID = 1 << 8
@@ -41,7 +40,7 @@ class Guest:
         for region in regions:
             placed.append(replace(region, offset=ends[region.page_size], file=sizes.index(region.page_size)))
             ends[region.page_size] += region.size
-        _check_room(sum(ends.values()))
+        room.check(size := sum(ends.values()), f"the trace's guest has {size} bytes")
         self._ready = threading.Event()
         self._start_ns = 0
         with ExitStack() as self._owned:
@@ -121,10 +120,3 @@ class Guest:
         if (done := call(self._player, *args, found)) < 0:
             raise DataError(f"wrong memory: {ffi.string(found.text).decode()}")
         return done
-
-
-def _check_room(size: int) -> None:
-    """Twice the guest, as both its ends are here."""
-    match = re.search(r"^MemAvailable: +([0-9]+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    if match and 2 * size > int(match[1]) * 1024:
-        raise UnavailableError(f"the trace's guest has {size} bytes, for which this host has no room twice")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from gmemd.errors import AbandonedError, UnavailableError
+from gmemd.errors import AbandonedError, GmemdError, UnavailableError
 from gmemd.migrate.tasks import open_tasks
 from gmemd.trace import segments
 from gmemd_tools.demo.processes import open_stage
@@ -57,7 +57,7 @@ class Handler:
                 log.info("a VMM may hand its memory over on %s", self.socket)
                 try:
                     await self._serve(ends)
-                except UnavailableError:
+                except GmemdError:
                     if ends.source.process.returncode != AbandonedError.exit_code:
                         raise
                     log.info("the VMM has gone; what it touched until then is recorded")

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from gmemd.errors import UnavailableError
+from gmemd.errors import GmemdError
 from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.demo.processes import empty_store, open_stage
 from gmemd_tools.replay import runfile, staged, vmm
@@ -51,7 +51,7 @@ class Replay:
     async def _migrate(self, guest: Guest, ends: Ends) -> None:
         try:
             await self._receive(guest, ends)
-        except UnavailableError:
+        except GmemdError:
             with trio.move_on_after(LAST_WORDS_SECONDS):
                 await until_ended(ends.daemon)
             raise

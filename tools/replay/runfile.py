@@ -87,9 +87,9 @@ def read(path: Path) -> Run:
         regions = [(gpa, pages, page_size) for gpa, pages, page_size in head["regions"]]
         looks = [(time, told) for time, told in head["looks"]]
         return Run(path.name.removesuffix(".gmrun"), head["result"], regions, sorted(touches), looks)
+    except (gzip.BadGzipFile, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: not a run that gmemd-replay has kept: {error!r:.100}") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except (EOFError, zlib.error, struct.error):
         raise DataError(f"{path}: cut off or damaged") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{path}: not a run of gmemd-replay: {error!r:.100}") from None
