@@ -136,6 +136,8 @@ def _content(fd: int) -> bytes:
     data = os.read(fd, MAX_FILE)
     if not data or len(data) == MAX_FILE:
         raise ValueError("empty" if not data else f"more than {MAX_FILE} bytes")
+    if b"\0" in data:
+        raise ValueError("no text, as it has to be: openssl turns DER into PEM")
     return data
 
 

@@ -301,6 +301,8 @@ def test_what_is_refused_at_start(hosts: Hosts, tmp_path: Path) -> None:
     wide.write_text(f"pair:{KEY}\n")
     wide.chmod(0o644)
     secret(short, "pair:0011\n")
+    der = tmp_path / "ca.der"
+    der.write_bytes(ssl.PEM_cert_to_DER_cert(hosts.dst.ca.read_text()))
     good, other = hosts.dst._asdict(), hosts.src
     for settings, place, why in (
         ('tls = "require"\n', '[network] tls = "require"', "sources that come to 127.0.0.1 need TLS, and [tls] has"),
@@ -311,6 +313,7 @@ def test_what_is_refused_at_start(hosts: Hosts, tmp_path: Path) -> None:
         (with_files(**good | {"ca": none}), f'[tls] ca = "{none}"', "No such file or directory"),
         (with_files(**good | {"ca": wide}), f'[tls] ca = "{wide}"', "no certificates in PEM"),
         (with_files(**good | {"key": other.key}), f'[tls] key = "{other.key}"', "not the key of the certificate: "),
+        (with_files(**good | {"ca": der}), f'[tls] ca = "{der}"', "no text, as it has to be"),
         (with_files(**good | {"certificate": wide}), f'[tls] certificate = "{wide}"', "not a certificate in PEM"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -192,6 +192,14 @@ int gm_tls_no_password(char *to, int room, int writing, void *data)
     return -1;
 }
 
+bool gm_pem_ended(void)
+{
+    if (ERR_GET_REASON(ERR_peek_last_error()) != PEM_R_NO_START_LINE)
+        return false;
+    ERR_clear_error();
+    return true;
+}
+
 static X509 *next_certificate(BIO *from)
 {
     return PEM_read_bio_X509(from, NULL, gm_tls_no_password, NULL);
@@ -206,8 +214,7 @@ static bool add_chain(SSL_CTX *ssl, BIO *from)
             X509_free(certificate);
             return false;
         }
-    ERR_clear_error(); /* the end of the text is an error to it */
-    return true;
+    return gm_pem_ended();
 }
 
 static int add_roots(SSL_CTX *ssl, const char *pem)
@@ -224,8 +231,7 @@ static int add_roots(SSL_CTX *ssl, const char *pem)
         if (!X509_STORE_add_cert(store, root) || !SSL_CTX_add_client_CA(ssl, root))
             return -1;
     }
-    ERR_clear_error();
-    return count;
+    return gm_pem_ended() ? count : -1;
 }
 
 int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, struct gm_problem *ret)
@@ -233,9 +239,9 @@ int gm_tls_context_certify(struct gm_tls_context *c, const char *certificate, st
     auto_of(BIO_free_all) BIO *from = BIO_new_mem_buf(certificate, -1);
     auto_of(X509_free) X509 *own = from ? next_certificate(from) : NULL;
 
-    if (!own || SSL_CTX_use_certificate(c->ssl, own) != 1 || !add_chain(c->ssl, from))
+    if (!own || SSL_CTX_use_certificate(c->ssl, own) != 1)
         return blame(ret, "not a certificate in PEM");
-    return 0;
+    return add_chain(c->ssl, from) ? 0 : blame(ret, "a certificate of the chain that is not whole");
 }
 
 int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm_problem *ret)
@@ -252,7 +258,11 @@ int gm_tls_context_give_key(struct gm_tls_context *c, const char *key, struct gm
 
 int gm_tls_context_trust(struct gm_tls_context *c, const char *ca, struct gm_problem *ret)
 {
-    return add_roots(c->ssl, ca) > 0 ? 0 : blame(ret, "no certificates in PEM");
+    int count = add_roots(c->ssl, ca);
+
+    if (count <= 0)
+        return blame(ret, count ? "a certificate that is not whole" : "no certificates in PEM");
+    return 0;
 }
 
 int gm_tls_context_share(struct gm_tls_context *c, const char *name, const unsigned char *key, uint32_t length,

@@ -5,6 +5,7 @@
 #include "tls.h"
 
 #include <openssl/ssl.h>
+#include <stdbool.h>
 
 struct gm_shared_key {
     struct gm_shared_key *next;
@@ -29,6 +30,9 @@ struct gm_tls_peer {
 
 /* For OpenSSL, which would ask for one on the terminal. */
 int gm_tls_no_password(char *to, int room, int writing, void *data);
+
+/* Whether nothing came behind the last that OpenSSL could read of a text: to it, both are errors. */
+bool gm_pem_ended(void);
 
 /* In our words, what is wrong with a list of revoked certificates, of X509_V_ERR_…; NULL if that is about something else. */
 const char *gm_list_trouble(int error);

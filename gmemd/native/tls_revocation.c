@@ -66,8 +66,8 @@ static const char *add_lists(struct gm_tls_context *c, BIO *from)
 
     while (!wrong && (list = PEM_read_bio_X509_CRL(from, NULL, gm_tls_no_password, NULL)))
         wrong = add_list(c, list);
-    /* After the last, no other one begins. One that is not whole must not count as none. */
-    if (!wrong && (!c->list || ERR_GET_REASON(ERR_peek_last_error()) != PEM_R_NO_START_LINE))
+    /* One that is not whole must not count as none. */
+    if (!wrong && (!gm_pem_ended() || !c->list))
         wrong = "not a list of revoked certificates in PEM";
     return wrong;
 }

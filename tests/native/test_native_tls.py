@@ -353,6 +353,11 @@ def test_a_full_socket_and_much_to_say(pair: tuple[socket.socket, socket.socket]
         (lambda p: p._replace(certificate=b"nonsense"), "not a certificate in PEM"),
         (lambda p: p._replace(key=b"nonsense"), "not a key in PEM"),
         (lambda p: p._replace(ca=b"nonsense"), "no certificates in PEM"),
+        (
+            lambda p: p._replace(certificate=p.certificate + p.ca[:-40]),
+            "a certificate of the chain that is not whole: ",
+        ),
+        (lambda p: p._replace(ca=p.ca + p.certificate[:-40]), "^a certificate that is not whole: "),
     ],
 )
 def test_bad_files(hosts: Hosts, spoil: object, message: str) -> None:
