@@ -1,5 +1,12 @@
 """A migration at its destination, in this process: what only happens when two things come at the same moment."""
 
+import ctypes
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from typing import BinaryIO
@@ -7,6 +14,7 @@ from typing import BinaryIO
 import pytest
 import trio
 from support.pace import SLOWER
+from support.polling import PATIENCE
 from support.vmm import PAGE, Vmm
 
 from gmemd.errors import LinkError
@@ -14,12 +22,15 @@ from gmemd.migrate import wire
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, connect
 from gmemd.migrate.state import Role
+from gmemd.native import ffi, lib
 from gmemd.native.destination import Pager
 from gmemd.native.memory import Memory, Populate, Region
 from gmemd.registry import Registry
 from gmemd.sources import SourceConnections
 
 COUNT = 8
+FEATURE_REMOVE = 1 << 3
+BUSY_ROUNDS = 100_000  # some tens of milliseconds
 REGIONS = [[0, COUNT, 12]]
 SETTINGS = LinkSettings(heartbeat=0.05 * SLOWER, dead_after=0.3 * SLOWER, handshake_timeout=5.0 * SLOWER)
 
@@ -77,7 +88,7 @@ class Host:
 
 @pytest.fixture
 async def host() -> AsyncIterator[Host]:
-    with Vmm(COUNT * PAGE) as vmm:
+    with Vmm(COUNT * PAGE, features=FEATURE_REMOVE) as vmm:
         host = Host(vmm)
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
@@ -249,6 +260,70 @@ async def test_ranges_that_cannot_be_let_go_are_tried_again(
     host.vmm.map_over(host.vmm.files[0])
     await host.migration.ended.wait()
     assert host.migration.phase is Phase.COMPLETE
+
+
+@pytest.fixture
+def spare_cpu() -> Iterator[int]:
+    """One that this thread does without, and that may be taken from others."""
+    usual = os.sched_getaffinity(0)
+    if len(usual) < 2 or os.geteuid():
+        pytest.skip("it takes root, and two CPUs, to keep others from one of them")
+    os.sched_setaffinity(0, usual - {max(usual)})
+    yield max(usual)
+    os.sched_setaffinity(0, usual)
+
+
+class Busy(threading.Thread):
+    """For a while nobody else gets that CPU."""
+
+    def __init__(self, cpu: int) -> None:
+        super().__init__(daemon=True)
+        self._cpu, self._has_it = cpu, threading.Event()
+        self.start()
+        assert self._has_it.wait(PATIENCE)
+
+    def run(self) -> None:
+        os.sched_setaffinity(0, {self._cpu})
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        self._has_it.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", BUSY_ROUNDS)
+
+
+class Balloon(threading.Thread):
+    """A thread of the VMM that takes the first page out, on that CPU alone."""
+
+    def __init__(self, vmm: Vmm, cpu: int) -> None:
+        super().__init__(daemon=True)
+        self._where = (ctypes.c_void_p(vmm.addresses[0]), ctypes.c_size_t(PAGE), mmap.MADV_DONTNEED)
+        self._cpu = cpu
+        self.start()
+
+    def run(self) -> None:
+        os.sched_setaffinity(0, {self._cpu})
+        ctypes.CDLL(None).madvise(*self._where)
+
+
+async def test_a_thread_that_is_slow_to_come_back_from_its_event(
+    host: Host, stack: AsyncExitStack, nursery: trio.Nursery, spare_cpu: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is no error, and when it is back, the migration is complete."""
+    caplog.set_level(logging.DEBUG, "gmemd.migrate.destination")
+    await host.vmm_comes()
+    source = await joined(host, stack, nursery)
+    await source.control.send(wire.Switch(0))
+    await host.migration.ready.wait()
+    host.pager.remove(host.migration.destination)  # so the event is first read at the end
+    balloon, done = Balloon(host.vmm, spare_cpu), ffi.new("uint64_t *")
+    while lib.gm_uffd_continue(host.vmm.uffd, host.vmm.addresses[0], PAGE, PAGE, done) != -errno.EAGAIN:
+        await trio.sleep(0.001)
+    busy = Busy(spare_cpu)
+    host.migration.destination.told_zero(0, 0, COUNT)
+    await host.migration.ended.wait()
+    assert host.migration.phase is Phase.COMPLETE
+    assert "is in its event still" in caplog.text
+    for thread in (balloon, busy):
+        thread.join(PATIENCE)
+    host.pager.add(host.migration.destination)
 
 
 async def test_a_source_that_comes_as_it_ends_tries_again(host: Host, stack: AsyncExitStack) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
-from gmemd.errors import AbandonedError, GmemdError, LinkError, RefusedError
+from gmemd.errors import AbandonedError, GmemdError, LinkError, RefusedError, UnavailableError
 from gmemd.migrate import wire
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream
 from gmemd.migrate.session import SPACE_SECONDS, Session
@@ -18,6 +18,9 @@ from gmemd.native.memory import Memory, Note, Verdict
 from gmemd.rates import Rates
 
 log = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.001  # before the ranges of a VMM are tried again; doubles up to SPACE_SECONDS
+EVENT_SECONDS = 1.0  # in which a thread of the VMM comes back from its event, on a busy host, too
 
 
 class Phase(enum.Enum):
@@ -276,16 +279,26 @@ class IncomingMigration:
         """When nothing is missing, and the guest has come: memory without the VMM's own state is not a guest."""
         await self._full.wait()
         await self.ready.wait()
-        while True:
-            try:
-                self.memory.unregister()
-                break
-            except GmemdError as error:  # the VMM is on its way out, or has unmapped what it handed over
-                self._stuck(error)
-            await trio.sleep(SPACE_SECONDS)
+        begun, pause = time.monotonic(), FIRST_PAUSE
+        while not self._let_go(begun):
+            await trio.sleep(pause)
+            pause = min(2 * pause, SPACE_SECONDS)
         self.report.stuck = self.report.stuck_since = None
         log.info("complete, %d pages", self.memory.pages, extra={"migration": self.name})
         self.end(Phase.COMPLETE)
+
+    def _let_go(self, begun: float) -> bool:
+        """Whether no thread of the VMM waits for us any more, or can."""
+        try:
+            if self.memory.unregister():
+                return True
+            waited = time.monotonic() - begun
+            log.debug("a thread of the VMM is in its event still", extra={"migration": self.name})
+            if waited > EVENT_SECONDS:
+                self._stuck(UnavailableError(f"a thread of the VMM does not come back from its event ({waited:.1f} s)"))
+        except GmemdError as error:  # the VMM is on its way out, or has unmapped what it handed over
+            self._stuck(error)
+        return False
 
     def _stuck(self, problem: GmemdError) -> None:
         """Said once, however many pages it meets and however often they are tried."""

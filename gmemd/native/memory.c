@@ -330,11 +330,10 @@ int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret)
         return -1;
     for (unsigned i = 0; i < m->count; i++) {
         const struct gm_region *r = &m->region[i];
-        int error = gm_uffd_drain(r->uffd, r->hva, gm_bytes(r, r->pages));
 
         /* It takes its time; the caller has others to serve, and comes again. */
-        if (error)
-            return gm_blame(ret, GM_VMM, -error, "region %u: a thread of the VMM does not come back from its event", i);
+        if (gm_uffd_drain(r->uffd, r->hva, gm_bytes(r, r->pages)) == -EAGAIN)
+            return 1;
     }
     return 0;
 }

@@ -85,7 +85,8 @@ int gm_memory_map(struct gm_memory *m, unsigned region, struct gm_problem *ret);
 
 /* Registers every region; returns the GM_UFFD_ modes that all of them have. */
 int gm_memory_register(struct gm_memory *m, struct gm_problem *ret);
-/* When nothing is missing any more: no thread of the VMM waits for us afterwards, even if nobody ever reads its userfaultfds again. */
+/* When nothing is missing any more: no thread of the VMM waits for us afterwards, even if nobody ever reads its userfaultfds again. 1: one
+ * is on its way into or out of an event, and this is to be called again. */
 int gm_memory_unregister(struct gm_memory *m, struct gm_problem *ret);
 /* Makes every waiting thread fault again: what a message's reader does not live to answer is asked anew. */
 int gm_memory_wake(struct gm_memory *m, struct gm_problem *ret);

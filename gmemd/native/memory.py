@@ -211,9 +211,10 @@ class Memory:
         """Makes every thread that waits fault again."""
         check(lib.gm_memory_wake, self.native)
 
-    def unregister(self) -> None:
-        """Lets go of all regions: absent pages are zero from then on. Only when nothing is missing."""
-        check(lib.gm_memory_unregister, self.native)
+    def unregister(self) -> bool:
+        """Lets go of all regions: absent pages are zero from then on. Only when nothing is missing. False while a
+        thread of the VMM is on its way back from an event: then once more."""
+        return not check(lib.gm_memory_unregister, self.native)
 
     def keep_digests(self, fd: int = -1) -> None:
         """From now on a digest is kept of every page that is put in place; `fd` has a predecessor's."""

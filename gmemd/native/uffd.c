@@ -28,7 +28,7 @@
 
 enum {
     LAST_MESSAGES = 16,
-    LAST_EVENT_NS = 10 * 1000 * 1000, /* what a thread needs to come as far as its event, or back from it, on a busy host */
+    LAST_EVENT_NS = 1000 * 1000, /* most threads come as far as their event, or back from it, within this */
 };
 
 static int open_descriptor(void)

@@ -284,22 +284,13 @@ def test_who_waits_when_it_is_unregistered_goes_on(modes: int) -> None:
         assert reader.result() == content(3)
 
 
-def unregistered(guest: Guest) -> bool:
-    """Not as long as a thread does not come back from its event; on an emulated CPU that may take a while."""
-    try:
-        guest.memory.unregister()
-    except HandoffError:
-        return False
-    return True
-
-
 def test_a_removal_that_nobody_has_read_when_it_is_unregistered() -> None:
     """Nobody may ever read the userfaultfd again, and the VMM's copy stays open: its thread must not wait for that."""
     with Guest((64, PAGE), (64, PAGE), features=FEATURE_REMOVE) as guest:
         fill(guest, 0, 9)
         balloons = [Task(guest.remove, 9), Task(guest.remove, 5, 1, 1)]
         until(lambda: resume(guest, 0)[0] == errno.EAGAIN)
-        until(lambda: unregistered(guest))
+        until(guest.memory.unregister)
         for balloon in balloons:
             balloon.result()
         assert not guest.present(9)
