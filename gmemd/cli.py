@@ -77,17 +77,19 @@ def _first(error: BaseException) -> BaseException:
 
 
 def serve(options: argparse.Namespace) -> int:
-    guests, manager = guests_are_kept(), notify.Notifier(os.environ.get("NOTIFY_SOCKET", ""))
+    manager = notify.Notifier(os.environ.get("NOTIFY_SOCKET", ""))
+    before = mending.look(options.config) if guests_are_kept() else None
     try:
         return _serve(options)
-    except errors.ConfigError as error:
-        if not guests:
+    except (errors.ConfigError, errors.UnavailableError) as error:
+        if before is None:
             raise
         told = f"{error}; guests are kept for us: waits until that is mended, then starts again"
+        longest = mending.LONGEST if isinstance(error, errors.ConfigError) else mending.SOON
     # After the exit code of a wrong configuration, the service manager gives up, and lets go of the guests.
     print(f"gmemd: {told}", file=sys.stderr, flush=True)
     manager.status(told)
-    mending.wait(options.config)
+    mending.wait(before, longest)
     return errors.UnavailableError.exit_code
 
 

@@ -1,5 +1,6 @@
-"""A wrong configuration while guests are kept for us. With the exit code of one, the service manager would let go of
-them; started again at once and for ever, we would fill its log. So this start waits until something is mended."""
+"""A start that comes to nothing while guests are kept for us. With the exit code of a wrong configuration, the service
+manager would let go of them; started again at once and for ever, we would fill its log. So it waits until something is
+mended."""
 
 import gc
 import time
@@ -9,18 +10,25 @@ from gmemd import config
 from gmemd.errors import ConfigError
 
 LONGEST = 60.0  # of 90 s that a service manager gives a start; some mistakes are mended elsewhere than in these files
-LOOK = 1.0
+SOON = 5.0  # what does not stand in files, as an address that somebody else has
+LOOK = 0.5
 USERS = (Path("/etc/passwd"), Path("/etc/group"))  # the configuration names some
 
+Stamp = tuple[int, int] | None
+Stamps = dict[Path, Stamp]
 
-def wait(file: Path | None) -> None:
-    """Returns when the configuration file, one that it names, or the users of this host have changed, or after
-    LONGEST. Signals end the process."""
+
+def look(file: Path | None) -> Stamps:
+    """At what a start depends on, before it: the configuration file, those that it names, and the users of this
+    host."""
+    return {path: _stamp(path) for path in (file or config.DEFAULT_PATH, *_named(file), *USERS)}
+
+
+def wait(before: Stamps, longest: float) -> None:
+    """Returns when any of that has changed, or after so many seconds. Signals end the process."""
     gc.collect()  # closes what the start has opened: sources would wait for an answer there
-    watched = [file or config.DEFAULT_PATH, *_named(file), *USERS]
-    before = [_stamp(path) for path in watched]
-    until = time.monotonic() + LONGEST
-    while time.monotonic() < until and [_stamp(path) for path in watched] == before:
+    until = time.monotonic() + longest
+    while time.monotonic() < until and {path: _stamp(path) for path in before} == before:
         time.sleep(LOOK)
 
 
@@ -32,7 +40,7 @@ def _named(file: Path | None) -> list[Path]:
     return [path for path in (tls.certificate, tls.key, tls.ca, tls.crl, tls.psk) if path]
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> Stamp:
     """Another one when its content, its owner or its mode has changed."""
     try:
         info = path.stat()
