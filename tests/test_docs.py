@@ -286,7 +286,7 @@ def test_state_layout(state: tuple[Memory, bytes]) -> None:
     assert unpack(data, table) == [2, 2, len(data), *range(11, 17), messages]
     assert data[at["the migration's id, the rest zero"] :][:64] == b"the-id".ljust(64, b"\0")
     assert messages == 856 + 2 * 128 + 2 * 8 * (2 + 4)
-    assert [int(offset) for offset, *_ in table][-4:] == [136, 592, 600, 856]
+    assert [int(offset) for offset, *_ in table][-5:] == [136, 336, 592, 600, 856]
     assert not any(data[136:592] + data[600:856])
 
 

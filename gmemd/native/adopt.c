@@ -3,6 +3,7 @@
  * conditions: received, and then it is to be continued again; or not, and then it is to be asked for again, whoever had claimed it.
  */
 #include "cleanup.h"
+#include "cuts.h"
 #include "memfile.h"
 #include "memory.h"
 #include "memory_layout.h"
@@ -72,6 +73,8 @@ static int check_state(const struct gm_state *state, uint64_t file_size, unsigne
     for (unsigned i = 0; i < GM_MAX_LANES; i++)
         if (gm_span_read(atomic_load(&state->inflight[i].span)).count > GM_FRAME_PAGES)
             return gm_blame(ret, GM_VMM, 0, "state damaged: the frame of lane %u", i);
+    if (!gm_cuts_fit(state))
+        return gm_blame(ret, GM_VMM, 0, "state damaged: what was cut out of a page");
     if (state->note[GM_NOTE_VCPUS] && state->note[GM_NOTE_FAULTS] >= fds)
         return gm_blame(ret, GM_VMM, 0, "state damaged: descriptor %llu of %u is its fault socket",
                         (unsigned long long)state->note[GM_NOTE_FAULTS], fds);
@@ -129,6 +132,8 @@ static int replay_messages(struct gm_memory *m, struct gm_problem *ret)
 
             count = gm_region_clip(&m->region[i], message->arg.remove.start, message->arg.remove.end, &first);
             if (count && take_out(&m->region[i], first, count, ret) < 0)
+                return -1;
+            if (gm_cuts_note(m, &m->region[i], message->arg.remove.start, message->arg.remove.end, ret) < 0)
                 return -1;
         }
         message->event = 0;

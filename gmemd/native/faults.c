@@ -1,6 +1,7 @@
 #include "faults.h"
 
 #include "clock.h"
+#include "cuts.h"
 #include "install.h"
 #include "kill_point.h"
 #include "uapi.h"
@@ -172,6 +173,7 @@ static void take_removal(struct gm_port *port, const struct uffd_msg *message)
 {
     struct gm_memory *m = port->destination->memory;
     uint64_t start = message->arg.remove.start, end = message->arg.remove.end;
+    struct gm_problem problem;
 
     for (unsigned i = 0; i < m->count; i++) {
         struct gm_region *r = &m->region[i];
@@ -179,6 +181,8 @@ static void take_removal(struct gm_port *port, const struct uffd_msg *message)
 
         if (count)
             gm_install_removed(port->destination, r, first, count);
+        if (gm_cuts_note(m, r, start, end, &problem) < 0)
+            gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
     }
 }
 

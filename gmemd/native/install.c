@@ -25,6 +25,7 @@
 #include "install.h"
 
 #include "clock.h"
+#include "cuts.h"
 #include "digest.h"
 #include "guard.h"
 #include "kill_point.h"
@@ -293,14 +294,28 @@ static void map_claimed(struct gm_install *in)
         gm_destination_kick(d);
 }
 
+/* Whether the VMM has cut into the page, of a frame that has one alone. As with removals: it was read before it can have been punched. */
+static bool was_cut(const struct gm_install *in)
+{
+    wait_for_events(in->destination);
+    return in->claimed && !in->hole && gm_cuts_any(in->destination->memory, in->region, in->first);
+}
+
 void gm_install_finish(struct gm_install *in)
 {
     struct gm_digest_frame digests;
-    uint64_t removed;
+    struct gm_problem problem;
+    uint64_t removed, cut;
 
-    /* Before drop_removed(), which knows of every removal whose punch may have come before this. */
+    /* Before was_cut() and drop_removed(), which know of every removal whose punch may have come before this. */
     gm_digest_make(&digests, in->destination->memory, in->region, in->first, in->claimed, in->hole);
-    removed = drop_removed(in);
+    cut = was_cut(in);
+    if (cut && gm_cuts_clear(in->destination->memory, in->region, in->first, &problem) < 0) {
+        gm_install_give_up(in);
+        gm_destination_tell(in->destination, GM_EVENT_STUCK, &problem);
+        return;
+    }
+    removed = drop_removed(in) | cut;
     gm_digest_put(&digests, in->region, in->first, in->claimed & ~removed);
     gm_digest_leave_out(in->destination->memory, in->region, in->first, removed);
     gm_kill_point("populated", 0);
@@ -315,8 +330,10 @@ bool gm_install_give_up(struct gm_install *in)
 {
     struct gm_destination *d = in->destination;
     uint64_t removed;
+    bool cut;
 
     atomic_fetch_add(&d->giving_up, 1);
+    cut = was_cut(in);
     removed = drop_removed(in);
     atomic_store(&in->region->soiled, true);
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
@@ -324,7 +341,7 @@ bool gm_install_give_up(struct gm_install *in)
     atomic_fetch_sub(&d->giving_up, 1);
     if (removed && gm_waits_any(&d->waits))
         gm_destination_kick(d);
-    return removed;
+    return removed || cut;
 }
 
 int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,

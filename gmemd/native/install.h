@@ -31,8 +31,8 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
 /* Marks the claimed pages received, maps them, wakes who waits. */
 void gm_install_finish(struct gm_install *in);
 
-/* Gives the claims back: the content did not come, or could not be put in place. Returns whether the VMM took pages of them out: these are
- * received, and the pager wakes who waits for them. */
+/* Gives the claims back: the content did not come, or could not be put in place. Returns whether the VMM took something of them out; whole
+ * pages of that are received, and the pager wakes who waits for them. */
 bool gm_install_give_up(struct gm_install *in);
 
 /* Receives what is missing of at most 64 pages as a hole. Returns how many pages that were. */

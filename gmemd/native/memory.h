@@ -110,6 +110,9 @@ struct gm_inflight {
     gm_word removed; /* pages of it that the VMM took out meanwhile */
 };
 
+/* Parts of huge pages that were taken out before these came. A VMM has no reason for any: what it gets back is a whole page. */
+enum { GM_CUTS = 32 };
+
 /* Messages of a userfaultfd (struct uffd_msg) that are read at once: enough to take all that many vCPUs send. */
 enum { GM_MESSAGES = 64, GM_MESSAGE_BYTES = 32 };
 
@@ -132,7 +135,8 @@ struct gm_state {
     uint64_t size;
     char migration[GM_ID_BYTES];
     _Atomic uint64_t note[GM_NOTES];
-    uint64_t reserved[63 - GM_NOTES];
+    uint64_t reserved[63 - GM_NOTES - GM_CUTS];
+    _Atomic uint64_t cut[GM_CUTS]; /* cuts.c */
     uint64_t messages_at; /* where in the state messages are read to; 0 in version 1, which has no such place */
     struct gm_inflight inflight[GM_MAX_LANES];
     struct gm_state_region region[];

@@ -127,5 +127,6 @@ class Install:
     def finish(self) -> None:
         inside.gm_install_finish(self._in)
 
-    def give_up(self) -> None:
-        inside.gm_install_give_up(self._in)
+    def give_up(self) -> bool:
+        """Whether the VMM took something of it out."""
+        return bool(inside.gm_install_give_up(self._in))

@@ -1,6 +1,5 @@
 """Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
 
-import mmap
 import os
 import random
 import struct
@@ -23,8 +22,6 @@ from native_rig import (
     Way,
     content,
     huge_pages,
-    libc,
-    libc_ffi,
     paged,
     told,
     until,
@@ -363,15 +360,3 @@ def test_a_huge_page_is_removed() -> None:
         line.feed(*(pages(0, page, content(page, size=HUGE), HUGE) for page in (1, 2, 3)))
         zeros = bytes(HUGE)
         assert [guest.read(page) == zeros for page in range(4)] == [False, True, True, False]
-
-
-def test_a_part_of_a_huge_page_is_removed() -> None:
-    """Two halves, of two pages: both keep their other halves, so both still have to come."""
-    with huge_pages(4), Guest((4, HUGE), populate=Populate.COPY, features=FEATURE_REMOVE) as guest, paged(guest):
-        address = libc_ffi.cast("void *", guest.hva(0) + HUGE // 2)
-        assert Task(libc.madvise, address, HUGE, mmap.MADV_REMOVE).result() == 0
-        balloon(guest, 2)
-        until(lambda: 2 in guest.received())
-        assert guest.received() == {2}
-        guest.line().feed(*(pages(0, page, content(page, size=HUGE), HUGE) for page in (0, 1)))
-        assert [guest.read(page) for page in (0, 1)] == [content(page, size=HUGE) for page in (0, 1)]
