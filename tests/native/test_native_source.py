@@ -34,9 +34,12 @@ SILENCE = 0.1  # seconds; the kernel tells to within 10 ms when something last c
 
 
 class Host:
-    """Memory at a source: `shapes` are (pages, page size), the files begin with `offset` bytes of something else."""
+    """Memory at a source: `shapes` are (pages, page size), the files begin with `offset` bytes of something else.
+    `left`: the guest has."""
 
-    def __init__(self, *shapes: tuple[int, int], offset: int = 0, files: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, *shapes: tuple[int, int], offset: int = 0, files: Sequence[int] | None = None, left: bool = True
+    ) -> None:
         self.shapes, self.offset = shapes or ((64, PAGE),), offset
         self._stack = ExitStack()
         self.files = list(files or [new_file(pages + offset // size, size) for pages, size in self.shapes])
@@ -48,7 +51,8 @@ class Host:
         ]
         self.memory = self._stack.enter_context(Memory("test", regions, self.files))
         self.source = Source(self.memory)
-        self.source.open()
+        if left:
+            self.source.open()
         self._stack.callback(self.source.close)
 
     def __enter__(self) -> Self:
@@ -145,6 +149,20 @@ def test_a_request_is_answered() -> None:
         far.send(request(0, 5))
         assert frames_of(far, 1) == [(PAGES, 5, 1, content(5))]
         assert host.source.counters()["urgent_pages"] == 1
+
+
+def test_no_page_is_sent_before_the_guest_has_left() -> None:
+    """It could still change it. The second beat follows whatever an answer to the request would be."""
+    with Host(left=False) as host, host.serving() as (server, far, _):
+        host.fill(5)
+        far.send(request(0, 5))
+        until(far.all_sent)
+        for _ in range(2):
+            server.beat()
+            assert far.frame().kind == BEAT
+        host.source.open()
+        far.send(request(0, 5))
+        assert frames_of(far, 1) == [(PAGES, 5, 1, content(5))]
 
 
 def test_an_answer_with_holes_between_the_data() -> None:
