@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include "gmemd/native/bitmap.h"
+#include "gmemd/native/faults.h"
 #include "gmemd/native/install.h"
 #include "gmemd/native/source.h"
 
@@ -190,4 +191,45 @@ int race_removal(struct gm_destination *destination, unsigned lane)
     }
     pthread_join(reader, NULL);
     return lost;
+}
+
+/* A vCPU asks for a page just when that is received: the moment between, for which the lock of the waits holds the pager up. */
+
+static void *read_request(void *race)
+{
+    static struct gm_port port;
+    struct race *r = race;
+    struct gm_problem problem;
+
+    port = (struct gm_port){.destination = r->destination};
+    r->got = (uint64_t)gm_faults_read_vcpus(&port, &problem);
+    return NULL;
+}
+
+/* Waits until somebody else wants it, too: glibc's lock is 2 then. */
+static void until_wanted(pthread_mutex_t *lock)
+{
+    while (__atomic_load_n(&lock->__data.__lock, __ATOMIC_SEQ_CST) != 2)
+        sched_yield();
+}
+
+/* There is a request on the fault socket for page 0, whose content comes meanwhile. Returns how many wait afterwards, or -1. */
+int race_asking(struct gm_destination *destination, unsigned lane, const unsigned char *content)
+{
+    struct race r = {.destination = destination};
+    struct gm_problem problem;
+    struct gm_install in;
+    pthread_t pager;
+
+    if (gm_install_begin(&in, destination, lane, &destination->memory->region[0], 0, 1, &problem) < 0 ||
+        gm_install_populate(&in, content, &problem) < 0)
+        return -1;
+    pthread_mutex_lock(&destination->waits.lock);
+    if (pthread_create(&pager, NULL, read_request, &r))
+        return -1;
+    until_wanted(&destination->waits.lock);
+    gm_install_finish(&in);
+    pthread_mutex_unlock(&destination->waits.lock);
+    pthread_join(pager, NULL);
+    return r.got == 1 ? (int)destination->waits.count : -1;
 }

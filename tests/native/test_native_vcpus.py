@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 from native_asking import DATAGRAM, EVERY_VCPU, AskingGuest, asked, sealed
@@ -16,6 +17,11 @@ from support import seccomp
 
 from gmemd.errors import GmemdError, HandoffError
 from gmemd.native.memory import Memory, Region
+
+if TYPE_CHECKING:
+    from native_races import Races
+
+pytest_plugins = ["native_races"]
 
 PAGES = 200  # not a multiple of 64
 LONG_ENOUGH = 0.02  # seconds in which a busy pager does a thousand turns
@@ -55,6 +61,14 @@ def test_what_came_in_the_background_is_not_asked_for() -> None:
         assert guest.answer() == (1, 34, guest.gpa(30))
         guest.ask(1, 190)
         assert far.requested() == (0, 190, 1), "nothing was asked for before"
+
+
+def test_a_vcpu_that_asks_just_when_its_page_comes(races: "Races") -> None:
+    """The pager finds the page received, or the lane finds the vCPU."""
+    with AskingGuest((PAGES, PAGE)) as guest:
+        guest.ask(3, 0)
+        assert races.asking(guest.destination, content(0)) == 0
+        assert guest.answer() == (3, 1, guest.gpa(0))
 
 
 def test_bytes_count_once_though_a_frame_is_claimed_piece_by_piece() -> None:
