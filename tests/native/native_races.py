@@ -21,6 +21,7 @@ ffi.cdef("""
 uint64_t race_claims(uint64_t *bits, uint64_t pages);
 int race_source(void *source, uint8_t *sent);
 int race_removal(void *destination, unsigned lane);
+int race_marking(void *destination, unsigned lane);
 int race_asking(void *destination, unsigned lane, const unsigned char *content);
 """)
 
@@ -46,6 +47,10 @@ class Races:
     def removal(self, destination: Destination) -> int:
         """Each page is removed while a lane begins to install it; returns how many the lane did not hear of."""
         return int(Task(self._library.race_removal, ffi.cast("void *", address(destination.native)), 1).result())
+
+    def marking(self, destination: Destination) -> int:
+        """All pages come; returns how many of a vCPU's bits were cleared before their pages were received."""
+        return int(Task(self._library.race_marking, ffi.cast("void *", address(destination.native)), 1).result())
 
     def asking(self, destination: Destination, content: bytes) -> int:
         """Page 0, for which a vCPU has asked, comes just when the request is read; returns how many wait then."""

@@ -233,3 +233,44 @@ int race_asking(struct gm_destination *destination, unsigned lane, const unsigne
     pthread_join(pager, NULL);
     return r.got == 1 ? (int)destination->waits.count : -1;
 }
+
+/* A vCPU looks at its bit just when a lane clears it. */
+
+static void *look_at_bits(void *race)
+{
+    struct race *r = race;
+
+    take_cpu(1);
+    for (uint64_t word = 0; word < r->pages / 64; word++) {
+        in_step(r, 1, word + 1);
+        for (unsigned spun = 0; atomic_load(&r->region->userfault[word]); spun++)
+            if (spun > 1000) /* the other has no CPU */
+                sched_yield();
+        r->got += !atomic_load(&r->region->received[word]);
+    }
+    return NULL;
+}
+
+/* Returns how often a vCPU would have passed before its page was received, or -1. */
+int race_marking(struct gm_destination *destination, unsigned lane)
+{
+    struct gm_region *region = &destination->memory->region[0];
+    struct race r = {.destination = destination, .region = region, .pages = region->pages};
+    pthread_t vcpu;
+
+    if (pthread_create(&vcpu, NULL, look_at_bits, &r))
+        return -1;
+    take_cpu(0);
+    for (uint64_t word = 0; word < r.pages / 64; word++) {
+        struct gm_problem problem;
+        struct gm_install in;
+
+        in_step(&r, 0, word + 1);
+        if (gm_install_begin(&in, destination, lane, region, 64 * word, 64, &problem) < 0 ||
+            gm_install_populate(&in, NULL, &problem) < 0)
+            return -1;
+        gm_install_finish(&in);
+    }
+    pthread_join(vcpu, NULL);
+    return (int)r.got;
+}

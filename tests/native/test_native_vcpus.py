@@ -63,6 +63,13 @@ def test_what_came_in_the_background_is_not_asked_for() -> None:
         assert far.requested() == (0, 190, 1), "nothing was asked for before"
 
 
+def test_a_vcpu_does_not_pass_before_its_page_is_received(races: "Races") -> None:
+    """It might write to it, and a successor take the page for missing."""
+    with AskingGuest((1 << 18, PAGE)) as guest:
+        assert races.marking(guest.destination) == 0
+        assert guest.memory.received == 1 << 18
+
+
 def test_a_vcpu_that_asks_just_when_its_page_comes(races: "Races") -> None:
     """The pager finds the page received, or the lane finds the vCPU."""
     with AskingGuest((PAGES, PAGE)) as guest:
