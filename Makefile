@@ -121,8 +121,9 @@ deb: $(INSTALLED) ## the Debian package, in build/deb
 	tools/package/build $(BIN)/python build/deb
 
 .PHONY: test-package
-test-package: deb ## the package's life under systemd: installed, used, upgraded half-way, removed
-	tools/lab/need systemd-container mmdebstrap
+test-package: deb ## lintian, and the package's life under systemd: installed, used, upgraded half-way, removed
+	tools/lab/need systemd-container mmdebstrap lintian
+	lintian --allow-root --display-info --pedantic --fail-on error,warning,info,pedantic build/deb/gmemd_*_amd64.deb
 	$(BIN)/python -m gmemd_tools.package build/deb/gmemd_*_amd64.deb build/package/debian.tar
 
 .PHONY: test-metrics

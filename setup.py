@@ -2,6 +2,7 @@
 package, where a distribution looks for it."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ class BuildExtAndVmm(build_ext):
         super().run()
         root = Path("tools") if self.inplace else Path(self.build_lib, "gmemd_tools")
         objects = self.compiler.compile(VMM_SOURCES, output_dir=self.build_temp, extra_postargs=VMM_FLAGS)
-        self.compiler.link_executable(objects, str(root / "vmm/gmemd-vmm"), extra_postargs=["-pthread"])
+        flags = ["-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]  # as libraries have them
+        self.compiler.link_executable(objects, str(root / "vmm/gmemd-vmm"), extra_postargs=flags)
 
 
 class InstallData(install_data):

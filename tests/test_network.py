@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from gmemd.errors import UsageError
+from gmemd.errors import UnavailableError, UsageError
 from gmemd.migrate.tasks import open_tasks
 from gmemd_tools.network.conditions import Conditions, Trouble, When, parse
 from gmemd_tools.network.link import Link
+from gmemd_tools.network.namespace import slow_down
 from gmemd_tools.network.trouble import Troubles
 
 MIB = 1 << 20
@@ -242,3 +243,12 @@ async def test_troubles_come_when_they_are_due(tmp_path: Path) -> None:
         tasks.stop()
     assert [time - begin >= 0.1 for kind, time in happened if kind == "source-kill"] == [True]
     assert troubles.struck >= len(happened) + 2
+
+
+async def test_a_kernel_without_the_queue(require_command: Callable[[str], str]) -> None:
+    require_command("tc")
+    with pytest.raises(UnavailableError) as told:
+        await slow_down((), "lo", ("nosuch",))
+    if "Operation not permitted" in str(told.value):
+        pytest.skip(str(told.value))
+    assert "by=kernel: this kernel has no nosuch (CONFIG_NET_SCH_NOSUCH): leave out by=kernel" in str(told.value)

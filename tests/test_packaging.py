@@ -106,7 +106,7 @@ def units(tmp_path: Path) -> Path:
 
 
 def test_systemd_finds_nothing_wrong(units: Path, require_command: Callable[[str], str]) -> None:
-    command = [require_command("systemd-analyze"), "verify", *map(str, sorted(units.iterdir()))]
+    command = [require_command("systemd-analyze"), "--man=no", "verify", *map(str, sorted(units.iterdir()))]
     environ = os.environ | {"SYSTEMD_UNIT_PATH": f"{units}:"}
     run = subprocess.run(command, env=environ, text=True, capture_output=True)
     assert (run.returncode, run.stderr) == (0, "")

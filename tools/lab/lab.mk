@@ -9,7 +9,7 @@ LAB_NATIVE := shapes remove pager install lane source stress ahead tls tls_lanes
 LAB_MATRIX ?= $(patsubst %,tests/native/test_native_%.py,uffd vcpus memfile no_direct_map) \
 	$(patsubst %,tests/lab/test_lab_%.py,migration memfd kernel)
 LAB_TESTS ?= $(LAB_PROCESS:%=tests/test_%.py) $(LAB_NATIVE:%=tests/native/test_native_%.py) $(LAB_MATRIX) \
-	tests/lab/test_lab_ktls.py
+	tests/lab/test_lab_ktls.py tests/lab/test_lab_netem.py
 LAB_SHORT ?= tests/lab/test_lab_migration.py tests/lab/test_lab_kernel.py
 # How many machines at a time; each keeps one CPU of this host busy.
 LAB_MACHINES ?= $(shell nproc)

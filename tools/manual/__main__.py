@@ -1,7 +1,6 @@
-"""Writes man pages and completion below a folder, laid out as /usr is: __main__.py FOLDER."""
+"""Writes man pages and completion below a folder, laid out as /usr is."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import shtab
@@ -38,4 +37,6 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", type=Path)
+    main(arguments.parse_args().folder)

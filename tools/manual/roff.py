@@ -105,7 +105,8 @@ def _tbl(table: list[list[str]]) -> str:
     longest = [max(_width(row[column]) for row in table) for column in range(len(table[0]))]
     wrapped = [column for column, width in enumerate(longest) if width > NARROW]
     taken = sum(width for width in longest if width <= NARROW) + 3 * len(longest)
-    share = max((LINE - taken) // max(len(wrapped), 1), NARROW // 2)
+    words = (word for row in table for column in wrapped for word in row[column].split())
+    share = max((LINE - taken) // max(len(wrapped), 1), max(map(_width, words), default=0))  # no word is cut
     formats = [f"lw({share}n)" if column in wrapped else "l" for column in range(len(longest))]
     lines = (
         "\t".join(f"T{{\n{line(cell)}\nT}}" if column in wrapped else cell for column, cell in enumerate(row))

@@ -16,6 +16,7 @@ NETWORKS = 1 << 15  # of four addresses each
 TBF_BURST_SECONDS = 0.002
 SMALLEST_BURST = 64 * 1024  # one segment that the sender has not cut up yet
 TBF_QUEUE = "50ms"
+UNKNOWN = "qdisc kind is unknown"  # tc, where the kernel lacks it and has no module of that name
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,25 @@ async def open_namespace(conditions: Conditions) -> AsyncIterator[Namespace]:
             await _run(*prefix, "ip", "addr", "add", f"{_dotted(address)}/30", "dev", device)
             await _run(*prefix, "ip", "link", "set", device, "up")
             if discipline := _discipline(conditions):
-                await _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", *discipline)
+                await slow_down(prefix, device, discipline)
         yield Namespace(inside, _dotted(network + 1))
     finally:
         with trio.CancelScope(shield=True):
             await _run("ip", "netns", "del", name)
+
+
+async def slow_down(prefix: Sequence[str], device: str, discipline: Sequence[str]) -> None:
+    """Gives a device a queue of tc's; UnavailableError names what the kernel lacks."""
+    try:
+        await _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", *discipline)
+    except UnavailableError as error:
+        if UNKNOWN not in str(error):
+            raise
+        kind = discipline[0]
+        advice = "leave out by=kernel, and a relay has latency and jitter" if kind == "netem" else "leave out by=kernel"
+        raise UnavailableError(
+            f"--network by=kernel: this kernel has no {kind} (CONFIG_NET_SCH_{kind.upper()}): {advice}"
+        ) from None
 
 
 def _discipline(conditions: Conditions) -> Sequence[str]:
