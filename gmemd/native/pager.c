@@ -135,18 +135,19 @@ static int watch_vcpus(struct gm_pager *p, const struct gm_port *port, int opera
     return epoll_ctl(p->epoll, operation, port->destination->vcpu_socket, &event);
 }
 
-/* Adds, or with EPOLL_CTL_DEL takes away, all that faults of the port come from. */
+/* Adds, or with EPOLL_CTL_DEL takes away, all that faults of the port come from. To add what is there already is no failure. */
 static int watch_faults(struct gm_pager *p, const struct gm_port *port, int operation)
 {
     const struct gm_memory *m = port->destination->memory;
 
-    if (port->destination->vcpu_socket >= 0 && watch_vcpus(p, port, operation) < 0 && operation == EPOLL_CTL_ADD)
+    if (port->destination->vcpu_socket >= 0 && watch_vcpus(p, port, operation) < 0 && operation == EPOLL_CTL_ADD &&
+        errno != EEXIST)
         return -1;
     for (unsigned i = 0; i < m->count; i++) {
         struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag(WATCH_UFFD, port->id, i)};
 
         if (first_of_its_uffd(m, i) && epoll_ctl(p->epoll, operation, m->region[i].uffd, &event) < 0 &&
-            operation == EPOLL_CTL_ADD)
+            operation == EPOLL_CTL_ADD && errno != EEXIST)
             return -1;
     }
     return 0;
@@ -359,8 +360,12 @@ static void settle_full(struct gm_pager *p, struct gm_port *port)
             ;
     if (atomic_load(&port->destination->waits.count) >= GM_MAX_WAITS / 2)
         return;
+    if (watch_faults(p, port, EPOLL_CTL_ADD) < 0) {
+        gm_blame(&problem, GM_KERNEL, errno, "userfaultfd cannot be watched again");
+        gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
+        return;
+    }
     port->full = false;
-    watch_faults(p, port, EPOLL_CTL_ADD);
     if (port->missed && gm_memory_wake(m, &problem) < 0)
         gm_destination_tell(port->destination, GM_EVENT_STUCK, &problem);
     port->missed = false;

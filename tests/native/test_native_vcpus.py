@@ -6,7 +6,8 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ from native_rig import PAGE, PATIENCE, Far, Guest, RunningPager, Task, content, 
 from support import seccomp
 
 from gmemd.errors import GmemdError, HandoffError
+from gmemd.native import lib
 from gmemd.native.memory import Memory, Region
 
 if TYPE_CHECKING:
@@ -261,6 +263,35 @@ def test_a_host_that_lacks_memory_for_answers_is_not_kept_busy() -> None:
         assert running.pager.turns - before < 10
         running.pager.ask(guest.destination)
         assert guest.answer()[0] == EVERY_VCPU
+
+
+def without_watches(run: Callable[[], None]) -> None:
+    """Runs it in a thread that can neither add nor take away what an epoll set watches."""
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the directory that is being read
+            if os.readlink(link) == "anon_inode:[eventpoll]":
+                seccomp.deny("epoll_ctl", int(link.name), errno.ENOSPC)
+    run()
+
+
+def test_faults_that_cannot_be_watched_again_are_told() -> None:
+    """With as many waits as there can be, nothing is watched; what the host lacks then would leave everybody asleep."""
+    count = lib.GM_MAX_WAITS + 1
+    with (
+        AskingGuest((count, PAGE), vcpus=count) as guest,
+        RunningPager(within=without_watches) as running,
+        running.serving(guest),
+    ):
+        for page in range(count):
+            guest.ask(page, page)
+        until(lambda: guest.counter("waits") == lib.GM_MAX_WAITS)
+        guest.destination.told_zero(0, 0, count - 1)
+
+        def is_told() -> bool:  # each time that the pager looks; that nobody reads its answers is told as well
+            running.pager.turn()
+            return str(guest.destination.events().problem).startswith("userfaultfd cannot be watched again: No space")
+
+        until(is_told)
 
 
 def test_a_successor_has_everybody_ask_again() -> None:
