@@ -22,7 +22,7 @@ from gmemd.migrate.tls import Secured
 from gmemd.migrate.wire import MAX_LANES, valid_id
 from gmemd.native import keep_secret
 from gmemd.native.memory import Verdict
-from gmemd.progress import show_progress
+from gmemd.progress import show_progress, tell_trouble
 from gmemd.sending import FileGuest, SendingGuest, VmmGuest
 
 MAX_AHEAD = 63  # one frame, with the page that was asked for
@@ -232,8 +232,8 @@ async def _send(options: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
                 if options.learn:
                     learner = Learner(options.learn, migration)
                     nursery.start_soon(learner.run)
-                if sys.stderr.isatty() and not options.json:
-                    nursery.start_soon(show_progress, migration)
+                seen = sys.stderr.isatty() and not options.json
+                nursery.start_soon(show_progress if seen else tell_trouble, migration)
                 await migration.run(options.patience)
                 nursery.cancel_scope.cancel()
             await guest.done()

@@ -153,6 +153,18 @@ def test_nobody_listens(run: Run, tmp_path: Path, host: str, error: str, expect_
     assert re.fullmatch("gmemd-source: " + error.format(port=port) + "\n", told.errors)
 
 
+def test_what_holds_a_source_up_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "memory"
+    file.write_bytes(bytes(PAGE))
+    command = [sys.executable, "-m", "gmemd.source_cli", "127.0.0.1:1", "--migration", "m", "--file", str(file)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as source:
+        assert source.stderr
+        told = "gmemd: warning: 127.0.0.1:1: cannot connect: Connection refused; still trying\n"
+        assert source.stderr.readline() == told
+        source.terminate()
+        assert source.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
