@@ -5,6 +5,7 @@
 #include "install.h"
 #include "kill_point.h"
 #include "memfile.h"
+#include "release.h"
 #include "vcpus.h"
 
 #include <errno.h>
@@ -202,6 +203,7 @@ int64_t gm_destination_told_zero(struct gm_destination *d, unsigned region, uint
         }
         total += got;
     }
+    gm_release(d->memory, &d->memory->region[region], first, count);
     if (gm_waits_any(&d->waits))
         gm_destination_kick(d);
     return total;

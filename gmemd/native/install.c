@@ -31,6 +31,7 @@
 #include "kill_point.h"
 #include "memfile.h"
 #include "memory_layout.h"
+#include "release.h"
 #include "uffd.h"
 
 #include <errno.h>
@@ -277,15 +278,21 @@ static bool map_run(struct gm_destination *d, struct gm_region *r, uint64_t firs
     return all;
 }
 
-/* Wakes who waits. */
+/* Who waits is woken. Else pages that were not asked for are left to the kernel (release.c), and vCPUs that ask by bit need no mapping. */
+static bool wants_mapping(const struct gm_install *in)
+{
+    if (gm_waits_within(&in->destination->waits, in->region->index, in->first, in->count))
+        return true;
+    return in->began_ns && !in->region->userfault;
+}
+
 static void map_claimed(struct gm_install *in)
 {
     struct gm_destination *d = in->destination;
     bool all = true;
     unsigned run;
 
-    /* vCPUs that ask by bit need no mapping: only who waits in the kernel does. */
-    if (in->region->userfault && !gm_waits_any(&d->waits))
+    if (!wants_mapping(in))
         return;
     for (unsigned at = 0; (run = gm_mask_run(in->claimed, &at)); at += run)
         all = map_run(d, in->region, in->first + at, run) && all;
@@ -322,7 +329,9 @@ void gm_install_finish(struct gm_install *in)
     mark(in, in->claimed);
     gm_kill_point("marked", 0);
     map_claimed(in);
-    if (in->began_ns)
+    if (!in->began_ns)
+        gm_release(in->destination->memory, in->region, in->first, in->count);
+    else
         gm_histogram_record(&in->destination->installing, gm_now_ns() - in->began_ns);
 }
 

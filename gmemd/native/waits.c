@@ -44,6 +44,18 @@ bool gm_waits_take(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t
     return false;
 }
 
+bool gm_waits_within(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count)
+{
+    bool found = false;
+
+    if (!gm_waits_any(w))
+        return false;
+    GM_LOCKED(&w->lock);
+    for (uint32_t i = 0; i < w->count && !found; i++)
+        found = w->entry[i].region == region && w->entry[i].page - first < count;
+    return found;
+}
+
 unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most)
 {
     GM_LOCKED(&w->lock);

@@ -40,6 +40,9 @@ bool gm_waits_add(struct gm_waits *w, const struct gm_wait *wait);
 /* Takes one out that waits for one of the pages; false if there is none. */
 bool gm_waits_take(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count, struct gm_wait *out);
 
+/* Whether anybody waits for one of the pages. */
+bool gm_waits_within(struct gm_waits *w, uint32_t region, uint64_t first, uint64_t count);
+
 /* Copies them out, `most` at the most; returns how many. */
 unsigned gm_waits_list(struct gm_waits *w, struct gm_wait *out, unsigned most);
 

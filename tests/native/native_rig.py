@@ -367,13 +367,26 @@ class RunningPager:
         return line.far
 
     @contextmanager
-    def serving(self, guest: Guest, *, checksum: bool = True) -> Iterator[Far]:
-        """The guest's faults are read, and asked for on an urgent lane."""
+    def watching(self, guest: Guest) -> Iterator[None]:
+        """The guest's faults are read; nobody can be asked for a page."""
         self.pager.add(guest.destination)
         try:
-            yield self.serve(guest, checksum=checksum)
+            yield
         finally:
             self.pager.remove(guest.destination)
+
+    @contextmanager
+    def serving(self, guest: Guest, *, checksum: bool = True) -> Iterator[Far]:
+        """The guest's faults are read, and asked for on an urgent lane."""
+        with self.watching(guest):
+            yield self.serve(guest, checksum=checksum)
+
+
+@contextmanager
+def watched(guest: Guest) -> Iterator[None]:
+    """The guest's faults are read, by a pager of its own; nobody can be asked for a page."""
+    with RunningPager() as running, running.watching(guest):
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from native_rig import (
     scratch,
     told,
     until,
+    watched,
 )
 
 from gmemd.errors import HandoffError, KernelError
@@ -49,7 +50,7 @@ def contents(first: int, count: int, version: int = 0) -> bytes:
 @ways
 def test_the_first_copy_wins(way: Way) -> None:
     """Invariant 1: what the guest writes into a page stays, on whichever lane the page comes once more."""
-    with Guest(populate=way) as guest:
+    with Guest(populate=way) as guest, watched(guest):
         background, another, urgent = guest.line(1), guest.line(2), guest.line(0)
         background.feed(pages(0, 3, content(3)))
         guest.write(3, b"written by the guest")
@@ -142,7 +143,7 @@ def test_a_page_that_is_seen_is_marked() -> None:
 @ways
 def test_a_claim_is_given_back_when_populate_fails(way: Way) -> None:
     """The pages are missing again, whatever half of them was written; the next copy is installed."""
-    with Guest(populate=way) as guest:
+    with Guest(populate=way) as guest, watched(guest):
         steps = install(guest, 4, 4)
         assert steps.claimed == {4, 5, 6, 7}
         assert steps.populate(contents(4, 4, version=1))
@@ -159,7 +160,7 @@ def test_a_claim_is_given_back_when_populate_fails(way: Way) -> None:
 @ways
 def test_only_own_claims_are_given_back(way: Way) -> None:
     """A frame that fails had not claimed what was here before; that stays as the guest left it."""
-    with Guest(populate=way) as guest:
+    with Guest(populate=way) as guest, watched(guest):
         line = guest.line(2)
         line.feed(pages(0, 5, content(5)))
         guest.write(5, b"the guest's")
@@ -187,7 +188,7 @@ def test_zeros_after_a_failed_populate_are_zeros() -> None:
 @pytest.mark.parametrize("way", [Populate.COPY, Populate.RECV])
 def test_a_truncated_memory_file_is_the_vmms_fault(way: Way) -> None:
     """No SIGBUS: the pages are named, the lane lives, and a copy that comes once the file is mended is installed."""
-    with Guest(populate=way) as guest:
+    with Guest(populate=way) as guest, watched(guest):
         line = guest.line()
         os.truncate(guest.files[0], 4 * PAGE)
         line.feed(pages(0, 2, contents(2, 4)), pages(0, 0, content(0)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from native_frames import HEADER, PAGES, ZERO, Frame, beat, pages, zeros
-from native_rig import PAGE, POLL_US, Guest, Line, RunningPager, Task, content, paged, told, until
+from native_rig import PAGE, POLL_US, Guest, Line, RunningPager, Task, content, paged, told, until, watched
 
 from gmemd.errors import GmemdError, LinkError, ProtocolError
 from gmemd.native.destination import Destination, Lane, Pager
@@ -115,7 +115,7 @@ NOT_FRAMES: dict[str, bytes] = {"text": b"GET / HTTP/1.1\r\nHost: localhost\r\n\
 @pytest.mark.parametrize("what", [*HOSTILE, *NOT_FRAMES])
 def test_a_hostile_frame_ends_its_lane_and_harms_nothing_else(way: Populate, what: str) -> None:
     """What came before it is in place, what comes behind it is not looked at, and another lane goes on."""
-    with Guest((64, PAGE), (2, 4 * PAGE), populate=way) as guest:
+    with Guest((64, PAGE), (2, 4 * PAGE), populate=way) as guest, watched(guest):
         line, other = guest.line(1), guest.line(2)
         line.feed(pages(0, 1, content(1)))
         # What no peer of ours can have sent is for its operator; the rest may be the link's damage, and is tried again.
@@ -157,7 +157,7 @@ def drain(line: Line) -> None:
 @pytest.mark.parametrize("end", [0, 1, 31, 32, 33, 32 + PAGE, 32 + 2 * PAGE - 1])
 def test_a_frame_that_is_cut_off_is_not_installed(way: Populate, end: int) -> None:
     """The pages are still missing, and come by another lane."""
-    with Guest(populate=way) as guest:
+    with Guest(populate=way) as guest, watched(guest):
         line = guest.line(1)
         data = pages(0, 7, contents(7, 2))
         line.feed(data[:end])
@@ -289,7 +289,7 @@ def test_a_frame_without_its_checksum_is_not_taken() -> None:
     """Where checksums are agreed on, leaving one out is no way around them."""
     bare = Frame(kind=PAGES, region=0, first=7, count=1, length=PAGE).encode() + content(7)
     for way in Populate:
-        with Guest(populate=way) as guest:
+        with Guest(populate=way) as guest, watched(guest):
             with pytest.raises(LinkError, match="damaged header"):
                 guest.line().feed(bare)
             assert guest.received() == set()

@@ -12,7 +12,7 @@ from native_asking import DATAGRAM, AskingGuest
 from native_frames import pages
 from native_rig import PAGE, PATIENCE, WAYS, Guest, Line, RunningPager, Task, Way, content
 
-PAGES, THREADS, LANES, ROUNDS = 256, 8, 4, 8
+PAGES, THREADS, LANES, ROUNDS = 1024, 8, 4, 2
 FRAME = 16
 WORD = struct.Struct("<Q")
 
@@ -91,9 +91,15 @@ def written_still(who: Thread | Vcpu, page: int, written: dict[int, bytes]) -> N
     check(who, page, written[page])
 
 
-def receive(line: Line, begin: threading.Barrier) -> None:
+def background(rng: random.Random) -> bytes:
+    """All of memory, a half of it after the other, so that one is let go of while the other comes."""
+    half = len(FRAMES) // 2
+    return b"".join(rng.sample(FRAMES[:half], half) + rng.sample(FRAMES[half:], half))
+
+
+def receive(line: Line, data: bytes, begin: threading.Barrier) -> None:
     begin.wait()
-    line.deal()
+    line.feed(data)
 
 
 @pytest.mark.parametrize("vcpus", [0, 2])
@@ -109,11 +115,9 @@ def test_no_write_is_ever_undone(way: Way, vcpus: int, rng: random.Random) -> No
                 everybody += [Vcpu(asking, number, answers[number]) for number in range(vcpus)]
             far = stack.enter_context(stack.enter_context(RunningPager()).serving(guest))
             lines = [guest.line(lane) for lane in range(1, LANES + 1)]
-            for line in lines:  # so that all lanes have everything to deal with from the beginning
-                line.far.send(b"".join(rng.sample(FRAMES, len(FRAMES))))
             begin, end = threading.Barrier(LANES + len(everybody) + 1), threading.Event()
             listener = Task(hand_out, asking, answers) if asking else None
-            lanes = [Task(receive, line, begin) for line in lines]
+            lanes = [Task(receive, line, background(rng), begin) for line in lines]
             guests = [
                 Task(run_guest, who, own_pages(who, index), rng.random(), begin, end)
                 for index, who in enumerate(everybody)
