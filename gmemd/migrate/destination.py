@@ -312,12 +312,12 @@ class IncomingMigration:
         """Until an attempt has met no trouble."""
         while True:
             await trio.sleep(SPACE_SECONDS)
-            if self.report.stuck is None or self._broken:
+            if self.report.stuck is None:
                 continue
             if self._stuck_again:
                 self._stuck_again = False
                 self.pager.ask(self.destination)
-            else:
+            elif not self._broken:
                 self.report.stuck = self.report.stuck_since = None
                 log.info("goes on", extra={"migration": self.name})
 

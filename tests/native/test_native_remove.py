@@ -1,11 +1,9 @@
 """Invariant 5: a page that the VMM took out is zero from then on, wherever its content was at that moment."""
 
-import os
 import random
 import struct
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,6 +24,7 @@ from native_rig import (
     told,
     until,
 )
+from support.files import read_only
 
 from gmemd.native import crc32c
 from gmemd.native.memory import Memory, Populate, Verdict
@@ -204,20 +203,6 @@ def test_who_waits_for_a_page_removed_from_a_claim_that_is_given_back() -> None:
         balloon(guest, 5)
         steps.give_up()
         assert reader.result() == bytes(PAGE)
-
-
-@contextmanager
-def read_only(fd: int) -> Iterator[None]:
-    """Nothing can be punched out of the file meanwhile, and nothing be written to it."""
-    before = os.dup(fd)
-    only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    os.dup2(only, fd, inheritable=False)
-    os.close(only)
-    try:
-        yield
-    finally:
-        os.dup2(before, fd, inheritable=False)
-        os.close(before)
 
 
 def end_uncleared(guest: Guest, ending: str) -> None:
