@@ -1,5 +1,6 @@
-"""`make test-package`: the life of the Debian package under a real systemd. __main__.py PACKAGE ARCHIVE."""
+"""`make test-package`: the life of the Debian package under a real systemd."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -181,4 +182,10 @@ def removed(machine: Machine) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("package", type=Path, help="what `make deb` has built")
+    arguments.add_argument("machine", type=Path, help="a Debian as a tar file; made if it is not there")
+    options = arguments.parse_args()
+    if not options.package.is_file():
+        sys.exit(f"{options.package}: no such package: make deb")
+    main(options.package, options.machine)
