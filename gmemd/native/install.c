@@ -329,9 +329,9 @@ void gm_install_finish(struct gm_install *in)
     mark(in, in->claimed);
     gm_kill_point("marked", 0);
     map_claimed(in);
-    if (!in->began_ns)
+    if (in->claimed)
         gm_release(in->destination->memory, in->region, in->first, in->count);
-    else
+    if (in->began_ns)
         gm_histogram_record(&in->destination->installing, gm_now_ns() - in->began_ns);
 }
 

@@ -1,5 +1,5 @@
 /*
- * A piece of guest memory in which nothing is missing needs no guard. It is unregistered as soon as the background has completed it, and
+ * A piece of guest memory in which nothing is missing needs no guard. It is unregistered as soon as it is complete, and
  * from then on the kernel maps it as it maps any file: by 2 MiB where the file has folios of that size, while UFFDIO_CONTINUE maps
  * each 4 KiB by itself. So the background maps nothing that nobody waits for: a guest that touches a page before its
  * piece is complete has a fault that is answered on the spot.

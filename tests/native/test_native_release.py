@@ -51,6 +51,15 @@ def test_a_complete_piece_needs_nobody(way: Way) -> None:
                 assert guest.read(page) == content(page)
 
 
+def test_the_urgent_lane_completes_pieces_too() -> None:
+    """Over a slow link a page that was asked for comes when the background has long been past it."""
+    with Guest((PIECE, PAGE)) as guest:
+        send(guest.line(1), {*range(PIECE)} - {9})
+        reader = waits(guest, 3)
+        send(guest.line(0), [9])
+        assert (reader.result(), guest.read(9)) == (content(3), content(9))
+
+
 def test_a_frame_may_complete_two_pieces() -> None:
     with Guest((2 * PIECE, PAGE)) as guest:
         line = guest.line()
