@@ -18,6 +18,8 @@
 enum {
     REQUESTS = 128,              /* read at once: as many as a large guest's vCPUs send together */
     PUSHED_LATELY_NS = 10000000, /* a background that runs sends a frame more often than that */
+    SURELY = 4, /* a window of so many pages is of a guest that walks; one that jumps may have one of 1 or 2 by chance, and a
+                 * background that followed it would leave piece after piece incomplete */
 };
 
 struct gm_server {
@@ -98,7 +100,7 @@ uint64_t gm_server_heard_ns(const struct gm_server *server)
     return gm_stream_heard_ns(&server->sender.stream);
 }
 
-/* Sends what a guest that walks through memory will want next, and has the background go on behind that. */
+/* Sends what a guest that walks through memory will want next, and has the background go on behind that, once it surely does. */
 static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t page, struct gm_problem *ret)
 {
     struct gm_source *source = server->sender.source;
@@ -114,7 +116,8 @@ static int send_ahead(struct gm_server *server, struct gm_region *r, uint64_t pa
         if (gm_sender_add(&server->sender, r, page + 1 + at, run, ret) < 0)
             return -1;
     atomic_fetch_add_explicit(&source->n.ahead_pages, (unsigned)__builtin_popcountll(mask), memory_order_relaxed);
-    gm_source_go_to(source, r->index, page + 1 + count);
+    if (window >= SURELY || window == server->ahead.most)
+        gm_source_go_to(source, r->index, page + 1 + count);
     return 0;
 }
 

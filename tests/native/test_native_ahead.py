@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
+import pytest
 from native_frames import BEAT, request
 from native_rig import PAGE, Far, Task, content, new_file, tcp_pair
 
@@ -95,6 +96,20 @@ def test_two_walks_at_once() -> None:
 def test_off() -> None:
     with serving(0) as (_, far):
         assert sizes(walk(far, 0, 5)) == [1] * 5
+
+
+@pytest.mark.parametrize(("most", "steps", "follows"), [(MOST, 3, False), (MOST, 4, True), (2, 2, False), (2, 3, True)])
+def test_the_background_follows_none_who_came_near_by_chance(most: int, steps: int, follows: bool) -> None:
+    with serving(most) as (source, far):
+        behind = walk(far, 100, steps)[-1][-1] + 1
+        end, near = tcp_pair()
+        push = Push(source, 1, near.fileno(), checksum=True)
+        push.run(1_000_000)
+        first, _ = Far(end).frame_and_payload()
+        assert first.first == (behind if follows else 0)
+        push.close()
+        end.close()
+        near.close()
 
 
 def test_the_background_goes_on_behind_the_walk_and_comes_round() -> None:
