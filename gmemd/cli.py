@@ -1,12 +1,13 @@
 """`gmemd`: the command line of the daemon's host."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from gmemd import __version__, config, errors, log, mending, notify, streams
 from gmemd.examples import epilog
@@ -33,7 +34,12 @@ class Parser(argparse.ArgumentParser):
         self.epilog = epilog(self.prog)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(errors.UsageError.exit_code, f"{self.prog}: {message}; see {self.prog} --help\n")
+        _tell(f"{self.prog}: {message}; see {self.prog} --help")
+        self.exit(errors.UsageError.exit_code)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # help; else it would fail when Python ends, with a code of its own
+        super().exit(status, message)
 
 
 def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | None) -> int:
@@ -46,7 +52,7 @@ def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | N
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # whoever reads it has enough
+        _drop(sys.stdout)  # whoever reads it has enough
         return UNHEARD
     except (errors.GmemdError, OSError) as error:
         told = errors.for_people(error)
@@ -59,17 +65,24 @@ def run(parser: argparse.ArgumentParser, main: Command, arguments: list[str] | N
         told = errors.for_people(_first(expected)) if expected and not bugs else None
         if told is None:
             raise
-    _drop_output()
-    print(f"{parser.prog}: {told}", file=sys.stderr)
+    _drop(sys.stdout)
+    _tell(f"{parser.prog}: {told}")
     return told.exit_code
 
 
-def _drop_output() -> None:
+def _tell(line: str) -> None:
+    """On stderr. Where that cannot be written, there is the exit code."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    _drop(sys.stderr)
+
+
+def _drop(stream: TextIO) -> None:
     """What cannot be written must not fail once more when Python ends."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _first(error: BaseException) -> BaseException:
@@ -81,16 +94,18 @@ def serve(options: argparse.Namespace) -> int:
     before = mending.look(options.config) if guests_are_kept() else None
     try:
         return _serve(options)
-    except (errors.ConfigError, errors.UnavailableError) as error:
-        if before is None:
+    except (errors.GmemdError, OSError) as error:
+        told = errors.for_people(error)
+        if before is None or told is None:
             raise
-        told = f"{error}; guests are kept for us: waits until that is mended, then starts again"
-        longest = mending.LONGEST if isinstance(error, errors.ConfigError) else mending.SOON
+        line = f"{told}; guests are kept for us: waits until that is mended, then starts again"
+        wrong, code = isinstance(told, errors.ConfigError), told.exit_code
+        del told  # and with it what the start has opened
+    _tell(f"gmemd: {line}")
+    manager.status(line)
+    mending.wait(before, mending.LONGEST if wrong else mending.SOON)
     # After the exit code of a wrong configuration, the service manager gives up, and lets go of the guests.
-    print(f"gmemd: {told}", file=sys.stderr, flush=True)
-    manager.status(told)
-    mending.wait(before, longest)
-    return errors.UnavailableError.exit_code
+    return errors.UnavailableError.exit_code if wrong else code
 
 
 def _serve(options: argparse.Namespace) -> int:

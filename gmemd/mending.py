@@ -9,7 +9,7 @@ from pathlib import Path
 from gmemd import config
 from gmemd.errors import ConfigError
 
-LONGEST = 60.0  # of 90 s that a service manager gives a start; some mistakes are mended elsewhere than in these files
+LONGEST = 60.0  # of TimeoutStartSec=90; some mistakes are mended elsewhere than in these files
 SOON = 5.0  # what does not stand in files, as an address that somebody else has
 LOOK = 0.5
 USERS = (Path("/etc/passwd"), Path("/etc/group"))  # the configuration names some

@@ -1,6 +1,7 @@
 """The command lines: options that make no sense, exit codes, and one line for each error."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from support.polling import PATIENCE, eventually
 from support.vmm import PAGE
 
 from gmemd import cli, config, log, mending, source_cli, status
-from gmemd.errors import UnavailableError
+from gmemd.errors import KernelError, UnavailableError
 from gmemd.probe import Finding
 from gmemd_tools import room
 
@@ -207,6 +208,31 @@ def test_a_wrong_configuration_while_guests_are_kept(run: Run, tmp_path: Path, m
         assert ("guests are kept for us" in told.errors) == (code == os.EX_UNAVAILABLE)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KernelError("userfaultfd: no"), os.EX_OSERR),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), os.EX_UNAVAILABLE),
+    ],
+)
+def test_what_keeps_a_daemon_from_starting_while_guests_are_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    """It is not started again at once, ten times a second."""
+
+    def fail(_: object) -> int:
+        raise error
+
+    waited: list[float] = []
+    monkeypatch.setattr(cli, "_serve", fail)
+    monkeypatch.setattr(mending, "wait", lambda _, longest: waited.append(longest))
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDNAMES", "handoff:state.m")
+    told = run(GMEMD, "serve", "--config", tmp_path / "gmemd.toml")
+    assert (told.code, waited) == (code, [mending.SOON])
+    assert "; guests are kept for us: " in told.errors
+
+
 def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
     told = run(GMEMD, "serve", "--config", tmp_path / "nowhere")
     assert (told.code, told.errors) == (
@@ -337,6 +363,25 @@ def test_nothing_can_be_written(tmp_path: Path) -> None:
     told = told_by_shell("gmemd serve --dump-config >/dev/full", tmp_path)
     assert told.returncode == os.EX_UNAVAILABLE
     assert told.stderr == "gmemd: No space left on device: free some space\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("gmemd status --socket /nowhere 2>/dev/full", os.EX_UNAVAILABLE),
+        ("gmemd serve --config /nowhere 2>/dev/full", os.EX_CONFIG),
+        ("gmemd dance 2>/dev/full", os.EX_USAGE),
+        ("gmemd --version >/dev/full", os.EX_UNAVAILABLE),
+        ("gmemd --help | true; exit ${PIPESTATUS[0]}", 128 + signal.SIGPIPE),
+    ],
+)
+def test_the_exit_code_stands_though_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, argparse keeps a disk that is full to itself
+    told = told_by_shell(line, tmp_path)
+    assert (told.returncode, told.stdout) == (code, "")
+    assert told.stderr in ("", "gmemd: No space left on device: free some space\n")
 
 
 def test_nobody_reads_any_more(tmp_path: Path) -> None:

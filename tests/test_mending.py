@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from support.daemon import HAND_IN, Manager
 from support.polling import PATIENCE, eventually
+
+from gmemd import mending
 
 KEPT = "fd0.m:vmm.m:state.m"
 
@@ -96,8 +99,10 @@ def test_until_the_address_is_another(tmp_path: Path, manager: Manager) -> None:
             assert process.stderr
             line = f"gmemd: cannot listen on 127.0.0.1:{port}: Address already in use; guests are kept for us: "
             assert process.stderr.readline().startswith(line)
+            begun = time.monotonic()
             config.write_text(f'{sockets}[network]\nlisten = "127.0.0.1:0"\n')
             assert process.wait(PATIENCE) == os.EX_UNAVAILABLE
+            assert time.monotonic() - begun < mending.SOON - 1.0, "it did not wait for that to pass by itself"
 
 
 def test_a_signal_ends_it_at_once(tmp_path: Path, manager: Manager) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gmemd import errors
+from gmemd import errors, mending
 from gmemd.config import Config
 from gmemd.errors import GmemdError
 from gmemd.registry import FINISHED
@@ -26,6 +26,7 @@ NOT_SOURCES = shutil.ignore_patterns(
 )  # fmt: skip
 MAX_EXPOSURE = 1.6  # of 10; what remains is the network, the devices of the probe and the user's own name
 DESCRIPTORS_OF_A_MIGRATION = 64 + 4  # those of a hand-off; its state, its VMM's socket, the VMM's own state, digests
+PYTHON_SECONDS = 20  # until a daemon knows that it cannot start, on a slow host
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,12 @@ def test_nothing_but_a_stop_or_a_wrong_configuration_ends_the_service() -> None:
         ("Restart", "always"),
         ("RestartPreventExitStatus", str(errors.ConfigError.exit_code)),
     ]
+
+
+def test_a_start_that_waits_until_it_is_mended_is_not_cut_short() -> None:
+    unit = (ROOT / "systemd/gmemd.service").read_text()
+    [seconds] = re.findall(r"^TimeoutStartSec=(\d+)$", unit, re.MULTILINE)
+    assert int(seconds) >= mending.LONGEST + PYTHON_SECONDS
 
 
 def test_socket_units_say_what_the_configuration_says() -> None:
