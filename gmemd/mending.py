@@ -37,7 +37,7 @@ def _named(file: Path | None) -> list[Path]:
         tls = config.load(file).tls
     except ConfigError:
         return []
-    return [path for path in (tls.certificate, tls.key, tls.ca, tls.crl, tls.psk) if path]
+    return [path for key in config.KINDS["tls"] if isinstance(path := getattr(tls, key), Path)]
 
 
 def _stamp(path: Path) -> Stamp:
