@@ -22,6 +22,7 @@ from gmemd import cli, config, log, mending, source_cli, status
 from gmemd.errors import KernelError, UnavailableError
 from gmemd.probe import Finding
 from gmemd_tools import room
+from gmemd_tools.demo.plan import Plan
 
 GMEMD, SOURCE = cli.main, source_cli.main
 
@@ -337,6 +338,13 @@ def test_a_demo_whose_part_ends_says_which(tmp_path: Path, part: str, word: byte
         _, errors = demo.communicate(timeout=PATIENCE)
         assert demo.returncode == os.EX_UNAVAILABLE
         assert f"gmemd: {part} was ended by SIGKILL: " in errors
+
+
+def test_a_demo_whose_daemon_does_not_start_ends_as_that(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "daemon", lambda _: ["serve", "--config", "/nowhere"])
+    told = run(GMEMD, "demo", "--memory", "16M", "--guest", "threads")
+    assert told.code == os.EX_CONFIG
+    assert "gmemd: daemon ended with 78: gmemd: /nowhere: No such file or directory\n" in told.errors
 
 
 @pytest.mark.parametrize("main", [GMEMD, SOURCE], ids=["gmemd", "gmemd-source"])

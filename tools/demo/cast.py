@@ -43,6 +43,8 @@ class Cast:
                     with trio.move_on_after(LOOK_SECONDS):
                         if b"READY=1" in await notify.recv(4096):
                             return
+        if self.daemon.process.returncode is not None:
+            raise await self.daemon.why_ended()
         raise UnavailableError(f"the daemon does not become ready: {self.daemon.last_words()}")
 
     async def start_source(self) -> None:
