@@ -21,7 +21,7 @@ from support.polling import PATIENCE
 from support.vmm import PAGE, Vmm
 
 from gmemd.errors import LinkError
-from gmemd.migrate import wire
+from gmemd.migrate import destination, wire
 from gmemd.migrate.destination import IncomingMigration, Phase
 from gmemd.migrate.link import ControlLane, LinkSettings, MessageStream, connect
 from gmemd.migrate.state import Role
@@ -278,6 +278,37 @@ async def test_ranges_that_cannot_be_let_go_are_tried_again(
     host.vmm.map_over(host.vmm.files[0])
     await host.migration.ended.wait()
     assert host.migration.phase is Phase.COMPLETE
+
+
+@pytest.fixture
+def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are stuck are tried again many times before ranges are."""
+    monkeypatch.setattr(destination, "SPACE_SECONDS", 0.005)
+    monkeypatch.setattr(destination, "FIRST_PAUSE", 0.1)
+
+
+@pytest.mark.usefixtures("seldom")
+async def test_ranges_that_cannot_be_let_go_are_one_trouble(
+    host: Host,
+    stack: AsyncExitStack,
+    nursery: trio.Nursery,
+    no_memory: BinaryIO,
+    expect_log: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """That pages meet none meanwhile does not end it."""
+    caplog.set_level(logging.INFO, "gmemd.migrate.destination")
+    expect_log("ERROR gmemd.migrate.destination: region 0: unregister: Invalid argument")
+    await host.vmm_comes()
+    source = await joined(host, stack, nursery)
+    await source.control.send(wire.Switch(0))
+    host.vmm.map_over(no_memory.fileno())
+    host.migration.destination.told_zero(0, 0, COUNT)
+    while not host.migration.report.stuck:
+        await trio.sleep(0.001)
+    host.vmm.map_over(host.vmm.files[0])
+    await host.migration.ended.wait()
+    assert "goes on" not in caplog.text
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ class IncomingMigration:
         self.ended = trio.Event()
         self._full = trio.Event()  # nothing is missing
         self._stuck_again = False  # since the last attempt
-        self._broken = False  # for good
+        self._lasting = False  # what it is stuck for now is not over when pages meet no trouble
 
     def start(self) -> None:
         """Registers the memory. From here on, a fault waits until its page has come."""
@@ -269,7 +269,7 @@ class IncomingMigration:
                 self.report.link = "the VMM has died"
                 self.end(Phase.ABANDONED)
             if events.vmm_broken:
-                self._broken = True
+                self._lasting = True
             if events.stuck or events.vmm_broken:
                 self._stuck(events.problem)
             if events.urgent_down and self.session:
@@ -279,6 +279,7 @@ class IncomingMigration:
         """When nothing is missing, and the guest has come: memory without the VMM's own state is not a guest."""
         await self._full.wait()
         await self.ready.wait()
+        self._lasting = True
         begun, pause = time.monotonic(), FIRST_PAUSE
         while not self._let_go(begun):
             await trio.sleep(pause)
@@ -317,7 +318,7 @@ class IncomingMigration:
             if self._stuck_again:
                 self._stuck_again = False
                 self.pager.ask(self.destination)
-            elif not self._broken:
+            elif not self._lasting:
                 self.report.stuck = self.report.stuck_since = None
                 log.info("goes on", extra={"migration": self.name})
 
