@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,12 @@ class Files:
                     context.take(what, read(path))
         return context
 
+    def revoke(self, context: TlsContext) -> None:
+        """Adds the lists of revoked certificates to what was made of these files before."""
+        with self._of("crl") as path:
+            if path:
+                context.take("crl", _read(path))
+
     @contextmanager
     def _of(self, what: str) -> Iterator[Path | None]:
         """One of the files. What is wrong with it is told with who named it."""
@@ -77,7 +83,7 @@ class Files:
 
 class Credentials:
     """Who we are. Files that change are read again for the next connection; as long as they are no good, the old ones
-    stay."""
+    stay, but what is revoked meanwhile is."""
 
     def __init__(self, files: Files, *, server: bool) -> None:
         self._files = files
@@ -94,6 +100,8 @@ class Credentials:
                 self._stamp = stamp
         except (ConfigError, KernelError) as error:
             log.error("the old certificates and keys stay: %s", error, extra={"once": str(error), "every": 60.0})
+            with suppress(ConfigError):  # where a list is wrong, too, that is told when it is the first that is
+                self._files.revoke(self._context)
         return self._context
 
     def _load(self) -> TlsContext:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 from support.daemon import DaemonProcess
 from support.polling import PATIENCE, eventually
-from support.revocation import PAST, revoked
+from support.revocation import OLD, PAST, revoked
 from support.source import Result, SourceProcess
-from support.vmm import Vmm
+from support.vmm import PAGE, Vmm
 
 from gmemd_tools.demo.certificates import Authority, Identity
 
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(
         src,
         dst,
-        revoked(folder / "nobody", ca),
+        revoked(folder / "nobody", ca, when=OLD),
         revoked(folder / "no src", ca, src.certificate),
         revoked(folder / "no dst", ca, dst.certificate),
         revoked(folder / "expired", ca, when=PAST),
@@ -106,6 +106,22 @@ def test_lists(world: World, tmp_path: Path, content: bytes) -> None:
         assert told(f"error: the old certificates and keys stay: {place}")
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_new_list_counts_though_another_file_is_wrong(world: World, tmp_path: Path) -> None:
+    crl, key, memory = tmp_path / "crl.pem", tmp_path / "key.pem", tmp_path / "memory"
+    crl.write_bytes(world.nobody.read_bytes())
+    key.touch(0o600)
+    key.write_bytes(world.dst.key.read_bytes())
+    memory.write_bytes(bytes(PAGE))
+    (tmp_path / "daemon").mkdir()
+    with DaemonProcess(tmp_path / "daemon", settings(world.dst._replace(key=key), crl)) as daemon:
+        key.chmod(0o644)
+        replaced(crl, world.no_src)
+        why = refused(send(daemon, "m", memory, world.src, world.nobody))
+        assert why == f"127.0.0.1:{daemon.port}: TLS: it refuses us: certificate revoked"
+        assert f'the old certificates and keys stay: {daemon.config}: [tls] key = "{key}": ' in daemon.log.read_text()
+        assert daemon.stop() == 0
 
 
 def run(*words: str | Path) -> Sequence[object]:

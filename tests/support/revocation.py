@@ -9,6 +9,7 @@ CONFIG = "[ca]\ndefault_ca = us\n[us]\ndatabase = {folder}/index.txt\ndefault_md
 PAST = ("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200102000000Z")
 FUTURE = ("-crl_lastupdate", "20980101000000Z", "-crl_nextupdate", "20990101000000Z")
 TODAY = ("-crldays", "1")
+OLD = ("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20990101000000Z")  # and good still
 
 
 def revoked(folder: Path, authority: Authority, *certificates: Path, when: tuple[str, ...] = TODAY) -> Path:
