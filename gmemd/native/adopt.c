@@ -133,8 +133,8 @@ static int replay_messages(struct gm_memory *m, struct gm_problem *ret)
             count = gm_region_clip(&m->region[i], message->arg.remove.start, message->arg.remove.end, &first);
             if (count && take_out(&m->region[i], first, count, ret) < 0)
                 return -1;
-            if (gm_cuts_note(m, &m->region[i], message->arg.remove.start, message->arg.remove.end, ret) < 0)
-                return -1;
+            /* That there are too many is no reason to lose the guest: the daemon goes on with them, too. */
+            gm_cuts_note(m, &m->region[i], message->arg.remove.start, message->arg.remove.end, ret);
         }
         message->event = 0;
     }

@@ -74,7 +74,7 @@ static bool join(const struct gm_region *r, struct cut *into, struct cut other)
 
 static int note(struct gm_memory *m, const struct gm_region *r, struct cut cut, struct gm_problem *ret)
 {
-    unsigned at = GM_CUTS;
+    unsigned at = GM_CUTS, unused = GM_CUTS;
 
     if (!cut.count || gm_bitmap_test(r->received, page_of(r, cut)))
         return 0;
@@ -83,9 +83,13 @@ static int note(struct gm_memory *m, const struct gm_region *r, struct cut cut, 
         const struct gm_region *its = &m->region[there.region];
 
         /* What is cut out of a page that came meanwhile has been cleared. */
-        if (join(r, &cut, there) || !there.count || gm_bitmap_test(its->received, page_of(its, there)))
+        if (!there.count || gm_bitmap_test(its->received, page_of(its, there)))
+            unused = i;
+        else if (join(r, &cut, there))
             at = i;
     }
+    if (at == GM_CUTS)
+        at = unused;
     if (at == GM_CUTS)
         return gm_blame(ret, GM_VMM, 0, "region %u: the VMM removes parts of huge pages, here of page %llu: it may come back, as %d others wait for their pages",
                         r->index, (unsigned long long)page_of(r, cut), GM_CUTS);

@@ -114,12 +114,30 @@ def test_a_successor_knows_of_cuts() -> None:
 
 
 def test_cuts_that_touch_are_one() -> None:
+    """Also when there are free places behind theirs, of a page that has come."""
+    with Guest((2, HUGE), populate=Populate.COPY, features=FEATURE_REMOVE) as guest, paged(guest):
+        cut(guest, HALF, PAGE)
+        cut(guest, HUGE, PAGE)
+        cut(guest, HUGE + HALF, PAGE)
+        steps = Install(guest.destination, 1, 1, 1)
+        assert steps.populate(whole(1))
+        steps.finish()
+        for page in range(1, 2 * CUTS):
+            cut(guest, HALF + page * PAGE, PAGE)
+        known = struct.unpack(f"<{CUTS}Q", os.pread(guest.memory.state_fd, 8 * CUTS, CUTS_AT))
+        assert [word for word in known if word >> 10 < HUGE // PAGE and word] == [HALF // PAGE << 10 | 2 * CUTS]
+
+
+def test_a_successor_without_room_for_cuts_takes_the_guest_over() -> None:
     with Guest((2, HUGE), populate=Populate.COPY, features=FEATURE_REMOVE) as guest:
         with paged(guest):
-            for page in range(2 * CUTS):
-                cut(guest, page * PAGE, PAGE)
-        known = struct.unpack(f"<{CUTS}Q", os.pread(guest.memory.state_fd, 8 * CUTS, CUTS_AT))
-        assert [word for word in known if word] == [2 * CUTS]
+            for number in range(CUTS):
+                cut(guest, 2 * number * PAGE, PAGE)
+        message = struct.pack("<B7xQQ8x", EVENT_REMOVE, guest.hva(1) + PAGE, guest.hva(1) + 2 * PAGE)
+        state = guest.memory.state_fd
+        os.pwrite(state, message, os.fstat(state).st_size - STATE_MESSAGES)
+        with Memory.adopt(state, guest.files) as memory:
+            arrive(memory)
 
 
 def test_more_cuts_than_are_remembered() -> None:
