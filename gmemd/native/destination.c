@@ -190,23 +190,22 @@ void gm_destination_ask_vcpus(struct gm_destination *d)
 int64_t gm_destination_told_zero(struct gm_destination *d, unsigned region, uint64_t first, uint64_t count,
                                  struct gm_problem *ret)
 {
-    uint64_t end = first + count;
-    int64_t total = 0;
+    struct gm_region *r = &d->memory->region[region];
+    uint64_t end = first + count, pages = 0;
+    int failed = 0;
 
-    for (uint64_t page = first; page < end; page += GM_FRAME_PAGES) {
+    for (uint64_t page = first; !failed && page < end; page += GM_FRAME_PAGES) {
         unsigned here = end - page < GM_FRAME_PAGES ? (unsigned)(end - page) : GM_FRAME_PAGES;
-        int got = gm_install_hole(d, &d->memory->region[region], page, here, ret);
 
-        if (got < 0) {
-            total = -1;
-            break;
-        }
-        total += got;
+        failed = gm_install_hole(d, r, page, here, &pages, ret);
     }
-    gm_release(d->memory, &d->memory->region[region], first, count);
+    GM_COUNT(d, zero_pages, pages);
+    if (pages)
+        gm_release(d->memory, r, first, count);
+    gm_install_count(d, pages);
     if (gm_waits_any(&d->waits))
         gm_destination_kick(d);
-    return total;
+    return failed ? -1 : (int64_t)pages;
 }
 
 int gm_destination_discard(struct gm_destination *d, unsigned region, uint64_t first, uint64_t count,

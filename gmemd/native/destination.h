@@ -11,6 +11,7 @@
 #include "histogram.h"
 #include "memory.h"
 #include "problem.h"
+#include "release.h"
 #include "trace.h"
 #include "waits.h"
 
@@ -76,7 +77,8 @@ struct gm_ask {
 struct gm_destination {
     struct gm_memory *memory;
     /* Pages of the frame in a lane's slot that the VMM took out, and that could not be cleared. Each is its lane's alone. */
-    uint64_t unfinished[GM_MAX_LANES];
+    _Atomic uint64_t unfinished[GM_MAX_LANES];
+    struct gm_trail trail[GM_MAX_LANES];
     struct gm_waits waits;
     struct gm_histogram latency;    /* of faults, from the message to the page being mapped */
     struct gm_histogram installing; /* of that, what came after the page did */

@@ -24,6 +24,7 @@
  */
 #include "install.h"
 
+#include "cleanup.h"
 #include "clock.h"
 #include "cuts.h"
 #include "digest.h"
@@ -74,8 +75,7 @@ static uint64_t receive(struct gm_region *r, uint64_t first, uint64_t count)
     return pages;
 }
 
-/* Tells the event loop when nothing is missing any more. */
-static void count_received(struct gm_destination *d, uint64_t pages)
+void gm_install_count(struct gm_destination *d, uint64_t pages)
 {
     struct gm_memory *m = d->memory;
 
@@ -113,34 +113,46 @@ static uint64_t take_out(const struct gm_region *r, uint64_t first, uint64_t rem
     return left;
 }
 
-/* What the frame before has left to be taken out. */
+/* What a lane's frame before has left to be taken out. */
 static int finish_former(struct gm_destination *d, unsigned lane, struct gm_problem *ret)
 {
+    GM_LOCKED(&d->lock); /* the lane's next frame, and who tries it for a lane that has none */
     struct gm_inflight *slot = &d->memory->state->inflight[lane];
     struct gm_span former = gm_span_read(atomic_load(&slot->span));
     struct gm_region *r = &d->memory->region[former.region];
-    uint64_t left = take_out(r, former.first, d->unfinished[lane], ret);
-    uint64_t cleared = d->unfinished[lane] & ~left;
+    uint64_t unfinished = atomic_load(&d->unfinished[lane]), left;
 
-    d->unfinished[lane] = left;
-    count_received(d, receive_all(r, former.first, cleared));
+    if (!unfinished)
+        return 0;
+    left = take_out(r, former.first, unfinished, ret);
+    gm_install_count(d, receive_all(r, former.first, unfinished & ~left));
     gm_destination_kick(d);
-    if (left)
-        return -1;
-    atomic_store(&slot->span, 0);
-    return 0;
+    if (!left)
+        atomic_store(&slot->span, 0);
+    atomic_store(&d->unfinished[lane], left);
+    return left ? -1 : 0;
+}
+
+void gm_install_retry(struct gm_destination *d)
+{
+    struct gm_problem problem;
+
+    for (unsigned lane = 0; lane < GM_MAX_LANES; lane++)
+        if (atomic_load(&d->unfinished[lane]) && finish_former(d, lane, &problem) < 0)
+            gm_destination_tell(d, GM_EVENT_STUCK, &problem);
 }
 
 int gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned lane, struct gm_region *r,
                      uint64_t first, unsigned count, struct gm_problem *ret)
 {
-    if (d->unfinished[lane] && finish_former(d, lane, ret) < 0)
+    if (atomic_load(&d->unfinished[lane]) && finish_former(d, lane, ret) < 0)
         return -1;
     *in = (struct gm_install){
         .destination = d,
         .region = r,
         .slot = &d->memory->state->inflight[lane],
         .unfinished = &d->unfinished[lane],
+        .trail = lane ? &d->trail[lane] : NULL,
         .first = first,
         .count = count,
         .began_ns = lane ? 0 : gm_now_ns(),
@@ -230,25 +242,29 @@ int gm_install_populate(struct gm_install *in, const unsigned char *data, struct
 static uint64_t drop_removed(struct gm_install *in)
 {
     struct gm_problem problem;
-    uint64_t removed;
+    uint64_t removed, left;
 
     wait_for_events(in->destination);
     removed = atomic_load(&in->slot->removed) & in->claimed;
-    *in->unfinished = take_out(in->region, in->first, removed, &problem);
-    if (*in->unfinished)
+    left = take_out(in->region, in->first, removed, &problem);
+    if (left)
         gm_destination_tell(in->destination, GM_EVENT_STUCK, &problem);
-    in->claimed &= ~*in->unfinished;
+    in->claimed &= ~left;
+    in->left = left;
     return removed;
 }
 
-static void mark(struct gm_install *in, uint64_t mask)
+/* Returns how many pages that are, which are still to be counted. */
+static uint64_t mark(struct gm_install *in, uint64_t mask)
 {
     uint64_t pages = receive_all(in->region, in->first, mask);
 
-    /* A successor finds there what is left to be taken out. */
-    if (!*in->unfinished)
+    /* A successor finds in the slot what is left to be taken out. */
+    if (in->left)
+        atomic_store(in->unfinished, in->left);
+    else
         atomic_store(&in->slot->span, 0);
-    count_received(in->destination, pages);
+    return pages;
 }
 
 static void vmm_gone(struct gm_destination *d, int error)
@@ -312,13 +328,14 @@ void gm_install_finish(struct gm_install *in)
 {
     struct gm_digest_frame digests;
     struct gm_problem problem;
-    uint64_t removed, cut;
+    uint64_t removed, cut, pages;
 
     /* Before was_cut() and drop_removed(), which know of every removal whose punch may have come before this. */
     gm_digest_make(&digests, in->destination->memory, in->region, in->first, in->claimed, in->hole);
     cut = was_cut(in);
     if (cut && gm_cuts_clear(in->destination->memory, in->region, in->first, &problem) < 0) {
         gm_install_give_up(in);
+        in->claimed = 0;
         gm_destination_tell(in->destination, GM_EVENT_STUCK, &problem);
         return;
     }
@@ -326,11 +343,13 @@ void gm_install_finish(struct gm_install *in)
     gm_digest_put(&digests, in->region, in->first, in->claimed & ~removed);
     gm_digest_leave_out(in->destination->memory, in->region, in->first, removed);
     gm_kill_point("populated", 0);
-    mark(in, in->claimed);
+    pages = mark(in, in->claimed);
     gm_kill_point("marked", 0);
     map_claimed(in);
-    if (in->claimed)
-        gm_release(in->destination->memory, in->region, in->first, in->count);
+    if (pages && in->trail)
+        gm_release_behind(in->destination->memory, in->trail, in->region, in->first, in->count);
+    /* Last: who hears that all is complete gives the userfaultfd back to the VMM, which may use it for something else. */
+    gm_install_count(in->destination, pages);
     if (in->began_ns)
         gm_histogram_record(&in->destination->installing, gm_now_ns() - in->began_ns);
 }
@@ -346,18 +365,18 @@ bool gm_install_give_up(struct gm_install *in)
     removed = drop_removed(in);
     atomic_store(&in->region->soiled, true);
     gm_bitmap_give_back(in->region->claimed, in->first, in->claimed & ~removed);
-    mark(in, removed & in->claimed);
+    gm_install_count(d, mark(in, removed & in->claimed));
     atomic_fetch_sub(&d->giving_up, 1);
     if (removed && gm_waits_any(&d->waits))
         gm_destination_kick(d);
     return removed || cut;
 }
 
-int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
+int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count, uint64_t *pages,
                     struct gm_problem *ret)
 {
     /* Without a slot: a removal that comes meanwhile is noted nowhere, and makes zero what is zero at the source, too. */
-    uint64_t missing = gm_bitmap_claim(r->claimed, first, count), pages = 0;
+    uint64_t missing = gm_bitmap_claim(r->claimed, first, count);
     struct gm_digest_frame digests;
     int error = 0;
     unsigned run;
@@ -371,14 +390,12 @@ int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t firs
             first += at;
             break;
         }
-        pages += receive(r, first + at, run);
+        *pages += receive(r, first + at, run);
     }
-    GM_COUNT(d, zero_pages, pages);
-    count_received(d, pages);
     if (error)
         return gm_blame(ret, GM_KERNEL, -error, "region %u: a hole of %u pages at page %llu", r->index, run,
                         (unsigned long long)first);
-    return (int)pages;
+    return 0;
 }
 
 /* Notes pages of [first, first + 64) that are in flight in the slots that have them. */
@@ -421,7 +438,7 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
             note_removed(d, r, first, flying);
         for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run)
             pages += receive(r, first + at, run);
-        count_received(d, pages);
+        gm_install_count(d, pages);
         first += here;
         count -= here;
     }

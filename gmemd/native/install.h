@@ -12,7 +12,9 @@ struct gm_install {
     uint64_t first;
     unsigned count;
     uint64_t claimed;
-    uint64_t *unfinished; /* the lane's, of gm_destination */
+    _Atomic uint64_t *unfinished; /* the lane's, of gm_destination */
+    struct gm_trail *trail;       /* the same; NULL on the urgent lane */
+    uint64_t left;                /* what could not be taken out */
     bool hole; /* what was put in place are zeros */
     uint64_t began_ns; /* on the urgent lane, else 0 */
 };
@@ -35,9 +37,15 @@ void gm_install_finish(struct gm_install *in);
  * pages of that are received, and the pager wakes who waits for them. */
 bool gm_install_give_up(struct gm_install *in);
 
-/* Receives what is missing of at most 64 pages as a hole. Returns how many pages that were. */
-int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count,
+/* Receives what is missing of at most 64 pages as a hole. Adds to *pages how many those were; they are still to be counted. */
+int gm_install_hole(struct gm_destination *d, struct gm_region *r, uint64_t first, unsigned count, uint64_t *pages,
                     struct gm_problem *ret);
+
+/* Counts received pages, and tells the event loop when nothing is missing any more. */
+void gm_install_count(struct gm_destination *d, uint64_t pages);
+
+/* Takes out what the VMM removed and could not be taken out before; tells if it still cannot. */
+void gm_install_retry(struct gm_destination *d);
 
 /* The VMM took pages out: those missing are received as zeros, those in flight will be. Between gm_install_events_begin() and _end(). */
 void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t first, uint64_t count);

@@ -7,6 +7,7 @@
 
 #include "cleanup.h"
 #include "faults.h"
+#include "install.h"
 #include "poller.h"
 #include "precedence.h"
 #include "vcpus.h"
@@ -275,6 +276,7 @@ void gm_pager_ask(struct gm_pager *p, struct gm_destination *d)
     INTERRUPTED(p);
     struct gm_port *port = port_of(p, d);
 
+    gm_install_retry(d);
     if (port && port->urgent)
         port->unsaid = true;
     if (port && port->deaf)

@@ -4,6 +4,9 @@
  * each 4 KiB by itself. So the background maps nothing that nobody waits for: a guest that touches a page before its
  * piece is complete has a fault that is answered on the spot.
  *
+ * UNREGISTER waits for the VMM's mmap_lock, for as long as the VMM fills memory or somebody reads its smaps; CONTINUE does not, since
+ * Linux kernel commit 867a43a34ff8 ("userfaultfd: use per-vma locks in userfaultfd operations") (in v6.9). So the pager, which all guests share, leaves it to the lanes.
+ *
  * Each piece cuts the VMM's mapping until its neighbours follow, and a process may have 65530 of them (vm.max_map_count). So there
  * are never more than PIECES, which are larger in larger guests.
  */
@@ -33,17 +36,34 @@ static void let_go(struct gm_region *r, uint64_t first, uint64_t end)
         gm_uffd_unregister(r->uffd, r->hva + gm_bytes(r, first), gm_bytes(r, end - first));
 }
 
-void gm_release(struct gm_memory *m, struct gm_region *r, uint64_t first, uint64_t count)
+bool gm_release(struct gm_memory *m, struct gm_region *r, uint64_t first, uint64_t count)
 {
     uint64_t piece = gm_release_pages(m, r), end = first + count;
     uint64_t at = first / piece * piece, from = at;
+    bool all = true;
 
     for (uint64_t next; at < end; at = next) {
         next = at + piece < r->pages ? at + piece : r->pages;
         if (gm_bitmap_find(r->received, at, next, false) != next) {
             let_go(r, from, at);
             from = next;
+            all = false;
         }
     }
     let_go(r, from, at);
+    return all;
+}
+
+void gm_release_behind(struct gm_memory *m, struct gm_trail *trail, struct gm_region *r, uint64_t first, uint64_t count)
+{
+    struct gm_trail_piece now = {r->index, (first + count - 1) / gm_release_pages(m, r), !gm_release(m, r, first, count)};
+
+    if (now.region != trail->here.region || now.number != trail->here.number) {
+        struct gm_region *its = &m->region[trail->before.region];
+
+        if (trail->before.open)
+            gm_release(m, its, trail->before.number * gm_release_pages(m, its), 1);
+        trail->before = trail->here;
+    }
+    trail->here = now;
 }

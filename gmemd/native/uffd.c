@@ -9,7 +9,8 @@
  * - MINOR on shmem exists since Linux kernel commit c949b097ef2e ("userfaultfd/shmem: support minor fault registration
  *   for shmem") (in v5.14). There it fires for a page in the page cache only; an absent page of a range registered for
  *   MINOR alone is quietly allocated as zeros. MISSING as well is therefore asked for first.
- * - UNREGISTER wakes who waits where MISSING was registered. Where only MINOR was, it leaves them asleep for ever, so WAKE follows.
+ * - UNREGISTER wakes who waits where MISSING was registered. Where only MINOR was, it leaves them asleep for ever; and one that fails may have
+ *   unregistered the first of several mappings. So WAKE follows, whatever it said.
  * - A thread of the VMM that takes pages out sleeps until its event has been read, whether the range is registered still or not. From
  *   before the event comes until that thread runs again, CONTINUE says EAGAIN before it looks at anything else.
  */
@@ -91,7 +92,10 @@ int gm_uffd_unregister(int uffd, uint64_t start, uint64_t length)
 {
     struct uffdio_range range = {start, length};
 
-    return ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : gm_uffd_wake(uffd, start, length);
+    int error = ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
+    int asleep = gm_uffd_wake(uffd, start, length);
+
+    return error ? error : asleep;
 }
 
 static void discard_messages(int uffd)

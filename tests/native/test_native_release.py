@@ -51,13 +51,29 @@ def test_a_complete_piece_needs_nobody(way: Way) -> None:
                 assert guest.read(page) == content(page)
 
 
-def test_the_urgent_lane_completes_pieces_too() -> None:
-    """Over a slow link a page that was asked for comes when the background has long been past it."""
-    with Guest((PIECE, PAGE)) as guest:
-        send(guest.line(1), {*range(PIECE)} - {9})
+def test_a_lane_looks_back() -> None:
+    """Over a slow link a page that was asked for comes when the background is past its piece."""
+    with Guest((3 * PIECE, PAGE)) as guest:
+        line = guest.line(1)
+        send(line, {*range(PIECE)} - {9})
         reader = waits(guest, 3)
         send(guest.line(0), [9])
+        send(line, range(PIECE, 2 * PIECE + 1))
         assert (reader.result(), guest.read(9)) == (content(3), content(9))
+
+
+def test_nothing_is_let_go_of_after_the_end() -> None:
+    """When the VMM was told that all is done, its userfaultfd is its own again."""
+    with Guest((PIECE, PAGE)) as guest:
+        send(guest.line(), range(PIECE))
+        assert guest.destination.events().complete
+        assert guest.memory.unregister()
+        guest.memory.register()
+        assert guest.destination.told_zero(0, 0, PIECE) == 0
+        guest.line(2).feed(pages(0, 7, content(7)), zeros(0, 8, 2))
+        reader = waits(guest, 3)
+        guest.memory.unregister()
+        assert reader.result() == content(3)
 
 
 def test_a_frame_may_complete_two_pieces() -> None:

@@ -16,6 +16,7 @@ from native_rig import (
     WAYS,
     Guest,
     Line,
+    RunningPager,
     Task,
     Way,
     content,
@@ -239,6 +240,20 @@ def test_what_cannot_be_taken_out_is_not_seen(way: Populate, ending: str) -> Non
         assert {9, 10, 20} <= guest.received()
         line.feed(pages(0, 8, contents(8, 4)))
         assert [guest.read(page) for page in (8, 10, 11, 20)] == [content(8), bytes(PAGE), content(11), content(20)]
+
+
+def test_what_cannot_be_taken_out_is_tried_again_without_its_lane() -> None:
+    """The urgent lane when nobody waits, and a lane that a source which came back does not have any more."""
+    with Guest() as guest, RunningPager() as running, running.serving(guest) as far:
+        end_uncleared(guest, "finish")
+        with read_only(guest.files[0]):
+            running.pager.ask(guest.destination)
+            told(guest.destination, "stuck")
+        reader = Task(guest.read, 9)
+        assert far.requested() == (0, 9, 1)
+        running.pager.ask(guest.destination)
+        assert reader.result() == bytes(PAGE)
+        assert guest.received() == {8, 9, 10, 11}
 
 
 @endings
