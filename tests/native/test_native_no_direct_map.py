@@ -4,7 +4,7 @@ import os
 
 import pytest
 from native_frames import pages, zeros
-from native_rig import PAGE, Guest, content
+from native_rig import PAGE, Guest, content, watched
 
 from gmemd.errors import GmemdError
 from gmemd.native import check, lib
@@ -35,7 +35,7 @@ def file() -> int:
 def test_a_page_that_has_content_and_no_mark_gets_ours(file: int, populate: Populate) -> None:
     with pytest.raises(FileExistsError):
         os.pwrite(file, content(3), 3 * PAGE)
-    with Guest((PAGES, PAGE), files=[file], populate=populate) as guest:
+    with Guest((PAGES, PAGE), files=[file], populate=populate) as guest, watched(guest):
         guest.line().feed(pages(0, 0, b"".join(content(page) for page in range(8))))
         assert [guest.read(page) for page in range(8)] == [content(page) for page in range(8)]
         assert guest.received() == set(range(8))
@@ -43,7 +43,7 @@ def test_a_page_that_has_content_and_no_mark_gets_ours(file: int, populate: Popu
 
 def test_a_page_that_is_ours_is_not_written_again(file: int) -> None:
     """Not because the kernel would refuse it: what the guest has written since stays."""
-    with Guest((PAGES, PAGE), files=[file]) as guest:
+    with Guest((PAGES, PAGE), files=[file]) as guest, watched(guest):
         line = guest.line()
         line.feed(pages(0, 3, content(3)))
         guest.write(3, b"the guest's")
