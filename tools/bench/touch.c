@@ -1,6 +1,6 @@
 /*
- * Only touches that waited are samples. A touch that takes long may have been preempted instead; the thread's count of
- * page faults tells the two apart, as a page that was mapped for us in advance causes none.
+ * Only touches that waited are samples. A touch that takes long may have been preempted instead, or the kernel may have mapped by itself what
+ * userfaultfd guards no more; the thread's count of sleeps tells them apart.
  */
 #include "touch.h"
 
@@ -21,12 +21,12 @@ static const size_t ENDLESS = 1u << 20;
 /* The guest's own stages of a fault, in the words of gmemd/native/stages.h. */
 enum { STAGE_TOUCHED = 1, STAGE_RUNNING = 9 };
 
-static uint64_t faults_so_far(void)
+static uint64_t sleeps_so_far(void)
 {
     struct rusage usage;
 
     getrusage(RUSAGE_THREAD, &usage);
-    return (uint64_t)(usage.ru_minflt + usage.ru_majflt);
+    return (uint64_t)usage.ru_nvcsw;
 }
 
 static void stamp(struct touch_thread *thread, uint64_t at_ns, uint64_t stage, uint64_t page)
@@ -40,20 +40,20 @@ static void touch_page(struct touch_thread *thread, uint32_t page)
     const struct memory *memory = thread->touch->memory;
     uint64_t offset = page * memory->region[0].page_size;
     const volatile uint64_t *word = (const volatile uint64_t *)(memory->base + offset);
-    uint64_t before = now_ns(), value = *word, after = now_ns(), took = after - before, faults;
+    uint64_t before = now_ns(), value = *word, after = now_ns(), took = after - before, sleeps;
 
     if (value != offset / PATTERN_PAGE + 1)
         fail(EX_DATAERR, "page %u holds %llu", page, (unsigned long long)value);
     thread->touches++;
     if (took < SUSPECT_NS)
         return;
-    faults = faults_so_far();
-    if (faults != thread->faults) {
+    sleeps = sleeps_so_far();
+    if (sleeps != thread->sleeps) {
         samples_add(&thread->waits, took);
         stamp(thread, before, STAGE_TOUCHED, page);
         stamp(thread, after, STAGE_RUNNING, page);
     }
-    thread->faults = faults;
+    thread->sleeps = sleeps;
 }
 
 static void think(uint64_t ns)
@@ -72,7 +72,7 @@ static void touch_pages(struct touch_thread *thread)
     uint64_t most = a->touches ? a->touches / a->threads : UINT64_MAX;
     unsigned half = pattern_half(pages);
 
-    thread->faults = faults_so_far();
+    thread->sleeps = sleeps_so_far();
     while (thread->touches < most && !__atomic_load_n(&touch->stop, __ATOMIC_RELAXED)) {
         touch_page(thread, a->random ? pattern_shuffled(place, pages, half) : place);
         place = (uint32_t)(((uint64_t)place + a->stride) % pages);

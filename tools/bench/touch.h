@@ -20,7 +20,7 @@ struct touch_thread {
     struct touch *touch;
     unsigned id;
     pthread_t thread;
-    uint64_t begin_ns, end_ns, touches, faults;
+    uint64_t begin_ns, end_ns, touches, sleeps;
     struct samples waits;
     struct samples stamps; /* pairs, as in gmemd/stages.py */
 };
