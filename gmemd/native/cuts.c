@@ -124,7 +124,7 @@ int gm_cuts_note(struct gm_memory *m, const struct gm_region *r, uint64_t start,
 
 bool gm_cuts_any(const struct gm_memory *m, const struct gm_region *r, uint64_t page)
 {
-    for (unsigned i = 0; r->page_shift > BASE_SHIFT && i < GM_CUTS; i++)
+    for (unsigned i = 0; i < GM_CUTS; i++)
         if (is_of(r, read_cut(m->state, i), page))
             return true;
     return false;

@@ -76,7 +76,8 @@ struct gm_ask {
 
 struct gm_destination {
     struct gm_memory *memory;
-    /* Pages of the frame in a lane's slot that the VMM took out, and that could not be cleared. Each is its lane's alone. */
+    /* Pages of the frame in a lane's slot that the VMM took out, and that could not be cleared. Each is its lane's, and under
+     * `lock` who tries it again for the lane. */
     _Atomic uint64_t unfinished[GM_MAX_LANES];
     struct gm_trail trail[GM_MAX_LANES];
     struct gm_waits waits;

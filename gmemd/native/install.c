@@ -151,8 +151,7 @@ int gm_install_begin(struct gm_install *in, struct gm_destination *d, unsigned l
         .destination = d,
         .region = r,
         .slot = &d->memory->state->inflight[lane],
-        .unfinished = &d->unfinished[lane],
-        .trail = lane ? &d->trail[lane] : NULL,
+        .lane = lane,
         .first = first,
         .count = count,
         .began_ns = lane ? 0 : gm_now_ns(),
@@ -261,7 +260,7 @@ static uint64_t mark(struct gm_install *in, uint64_t mask)
 
     /* A successor finds in the slot what is left to be taken out. */
     if (in->left)
-        atomic_store(in->unfinished, in->left);
+        atomic_store(&in->destination->unfinished[in->lane], in->left);
     else
         atomic_store(&in->slot->span, 0);
     return pages;
@@ -317,11 +316,13 @@ static void map_claimed(struct gm_install *in)
         gm_destination_kick(d);
 }
 
-/* Whether the VMM has cut into the page, of a frame that has one alone. As with removals: it was read before it can have been punched. */
+/* Whether the VMM has cut into the page: a huge one, alone in its frame. As with removals: it was read before it can have been punched. */
 static bool was_cut(const struct gm_install *in)
 {
+    if (gm_frame_pages(in->region) > 1 || !in->claimed || in->hole)
+        return false;
     wait_for_events(in->destination);
-    return in->claimed && !in->hole && gm_cuts_any(in->destination->memory, in->region, in->first);
+    return gm_cuts_any(in->destination->memory, in->region, in->first);
 }
 
 void gm_install_finish(struct gm_install *in)
@@ -346,8 +347,8 @@ void gm_install_finish(struct gm_install *in)
     pages = mark(in, in->claimed);
     gm_kill_point("marked", 0);
     map_claimed(in);
-    if (pages && in->trail)
-        gm_release_behind(in->destination->memory, in->trail, in->region, in->first, in->count);
+    if (pages && in->lane)
+        gm_release_behind(in->destination->memory, &in->destination->trail[in->lane], in->region, in->first, in->count);
     /* Last: who hears that all is complete gives the userfaultfd back to the VMM, which may use it for something else. */
     gm_install_count(in->destination, pages);
     if (in->began_ns)
@@ -427,8 +428,7 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
     while (count) {
         unsigned here = count < 64 ? (unsigned)count : 64;
         uint64_t missing = gm_bitmap_claim(r->claimed, first, here);
-        uint64_t flying = 0, pages = 0;
-        unsigned run;
+        uint64_t flying = 0;
 
         for (unsigned i = 0; i < here; i++)
             if (!(missing >> i & 1) && !gm_bitmap_test(r->received, first + i))
@@ -436,9 +436,7 @@ void gm_install_removed(struct gm_destination *d, struct gm_region *r, uint64_t 
         gm_digest_leave_out(d->memory, r, first, missing);
         if (flying)
             note_removed(d, r, first, flying);
-        for (unsigned at = 0; (run = gm_mask_run(missing, &at)); at += run)
-            pages += receive(r, first + at, run);
-        gm_install_count(d, pages);
+        gm_install_count(d, receive_all(r, first, missing));
         first += here;
         count -= here;
     }

@@ -9,12 +9,11 @@ struct gm_install {
     struct gm_destination *destination;
     struct gm_region *region;
     struct gm_inflight *slot;
+    unsigned lane;
     uint64_t first;
     unsigned count;
     uint64_t claimed;
-    _Atomic uint64_t *unfinished; /* the lane's, of gm_destination */
-    struct gm_trail *trail;       /* the same; NULL on the urgent lane */
-    uint64_t left;                /* what could not be taken out */
+    uint64_t left; /* what could not be taken out */
     bool hole; /* what was put in place are zeros */
     uint64_t began_ns; /* on the urgent lane, else 0 */
 };

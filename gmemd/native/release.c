@@ -20,7 +20,8 @@ enum {
     PIECES = 16384,
 };
 
-uint64_t gm_release_pages(const struct gm_memory *m, const struct gm_region *r)
+/* What is let go at a time, in pages of the region: a power of two. */
+static uint64_t piece_pages(const struct gm_memory *m, const struct gm_region *r)
 {
     uint64_t pages = PIECE_BYTES >> r->page_shift;
 
@@ -38,7 +39,7 @@ static void let_go(struct gm_region *r, uint64_t first, uint64_t end)
 
 bool gm_release(struct gm_memory *m, struct gm_region *r, uint64_t first, uint64_t count)
 {
-    uint64_t piece = gm_release_pages(m, r), end = first + count;
+    uint64_t piece = piece_pages(m, r), end = first + count;
     uint64_t at = first / piece * piece, from = at;
     bool all = true;
 
@@ -56,13 +57,13 @@ bool gm_release(struct gm_memory *m, struct gm_region *r, uint64_t first, uint64
 
 void gm_release_behind(struct gm_memory *m, struct gm_trail *trail, struct gm_region *r, uint64_t first, uint64_t count)
 {
-    struct gm_trail_piece now = {r->index, (first + count - 1) / gm_release_pages(m, r), !gm_release(m, r, first, count)};
+    struct gm_trail_piece now = {r->index, (first + count - 1) / piece_pages(m, r), !gm_release(m, r, first, count)};
 
     if (now.region != trail->here.region || now.number != trail->here.number) {
         struct gm_region *its = &m->region[trail->before.region];
 
         if (trail->before.open)
-            gm_release(m, its, trail->before.number * gm_release_pages(m, its), 1);
+            gm_release(m, its, trail->before.number * piece_pages(m, its), 1);
         trail->before = trail->here;
     }
     trail->here = now;

@@ -91,7 +91,6 @@ int gm_uffd_register(int uffd, uint64_t start, uint64_t length, struct gm_proble
 int gm_uffd_unregister(int uffd, uint64_t start, uint64_t length)
 {
     struct uffdio_range range = {start, length};
-
     int error = ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
     int asleep = gm_uffd_wake(uffd, start, length);
 
