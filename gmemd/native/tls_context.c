@@ -290,13 +290,10 @@ int gm_tls_context_share(struct gm_tls_context *c, const char *name, const unsig
 int64_t gm_tls_context_describe(const struct gm_tls_context *c, char *out)
 {
     X509 *own = SSL_CTX_get0_certificate(c->ssl);
-    int days, seconds;
 
     out[0] = '\0';
     if (!own)
         return 0;
     gm_certificate_describe(own, out, GM_TLS_TEXT);
-    if (!ASN1_TIME_diff(&days, &seconds, NULL, X509_get0_notAfter(own)))
-        return 0;
-    return (int64_t)days * 24 * 3600 + seconds;
+    return gm_seconds_to(X509_get0_notAfter(own));
 }

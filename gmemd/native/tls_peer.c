@@ -104,6 +104,13 @@ static void add_names(struct text *t, X509 *certificate)
     GENERAL_NAMES_free(names);
 }
 
+int64_t gm_seconds_to(const ASN1_TIME *when)
+{
+    int days, seconds;
+
+    return ASN1_TIME_diff(&days, &seconds, NULL, when) ? (int64_t)days * 24 * 3600 + seconds : 0;
+}
+
 void gm_certificate_describe(X509 *certificate, char *out, size_t room)
 {
     struct text t = {.to = out, .room = room};

@@ -7,6 +7,9 @@
 #include <openssl/x509.h>
 #include <stddef.h>
 
+/* From now on; less than 0 if it is over, 0 if that cannot be said. */
+int64_t gm_seconds_to(const ASN1_TIME *when);
+
 /* Subject, names, issuer and validity. */
 void gm_certificate_describe(X509 *certificate, char *out, size_t room);
 

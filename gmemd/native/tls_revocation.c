@@ -29,13 +29,6 @@ const char *gm_list_trouble(int error)
     return NULL;
 }
 
-static int64_t seconds_to(const ASN1_TIME *when)
-{
-    int days, seconds;
-
-    return ASN1_TIME_diff(&days, &seconds, NULL, when) ? (int64_t)days * 24 * 3600 + seconds : 0;
-}
-
 static bool ends_first(const struct gm_tls_context *c, const X509_CRL *list)
 {
     return !c->list || ASN1_TIME_compare(X509_CRL_get0_nextUpdate(list), X509_CRL_get0_nextUpdate(c->list)) < 0;
@@ -91,5 +84,5 @@ int64_t gm_tls_context_describe_list(const struct gm_tls_context *c, char *out)
     if (!c->list)
         return 0;
     gm_list_describe(c->list, out, GM_TLS_TEXT);
-    return seconds_to(X509_CRL_get0_nextUpdate(c->list));
+    return gm_seconds_to(X509_CRL_get0_nextUpdate(c->list));
 }
