@@ -7,7 +7,7 @@ from TOML, checks it and writes it back.
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -199,6 +199,17 @@ class Network:
             )
 
 
+def check_files(pem: Mapping[str, Path | None], crl: Path | None, prefix: str = "") -> None:
+    """Raises ValueError where one file of `pem`, which is named with `prefix`, is given without the others."""
+    names = [f"{prefix}{name}" for name in pem]
+    missing = [name for name, path in zip(names, pem.values(), strict=True) if path is None]
+    together = f"{', '.join(names[:-1])} and {names[-1]}"
+    if 0 < len(missing) < len(names):
+        raise ValueError(f"{together} go together: {' and '.join(missing)} must be given, too")
+    if crl and missing:
+        raise ValueError(f"{prefix}crl is of certificates: {together} must be given, too")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
     """Who we are on the network, and which peers may come."""
@@ -212,12 +223,7 @@ class Tls:
     ktls: Annotated[bool, FLAG] = True
 
     def __post_init__(self) -> None:
-        given = {"certificate": self.certificate, "key": self.key, "ca": self.ca}
-        missing = [key for key, path in given.items() if path is None]
-        if 0 < len(missing) < len(given):
-            raise ValueError(f"certificate, key and ca go together: {' and '.join(missing)} must be given, too")
-        if self.crl and missing:
-            raise ValueError("crl is of certificates: certificate, key and ca must be given, too")
+        check_files({"certificate": self.certificate, "key": self.key, "ca": self.ca}, self.crl)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -149,12 +149,11 @@ def _add_tls(top: argparse.ArgumentParser) -> None:
 
 def _secured(options: argparse.Namespace, host: str) -> Secured | None:
     """How to connect: None for plain text."""
-    given = {"--certificate": options.certificate, "--key": options.key, "--ca": options.ca}
-    missing = [name for name, path in given.items() if path is None]
-    if 0 < len(missing) < len(given):
-        raise UsageError(f"--certificate, --key and --ca go together: {' and '.join(missing)} must be given, too")
-    if options.crl and missing:
-        raise UsageError("--crl is of certificates: --certificate, --key and --ca must be given, too")
+    try:
+        pem = {"certificate": options.certificate, "key": options.key, "ca": options.ca}
+        config.check_files(pem, options.crl, "--")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     files = Files(
         certificate=options.certificate,
         key=options.key,
